@@ -1,0 +1,213 @@
+"""The system: encoder, classifier and optimiser; an epoch of training, evaluation, saving and loading."""
+
+import glob
+import os
+import sys
+import time
+import warnings
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from dataLoader import read_eval_utterance, read_trials
+from loss import AAMsoftmax
+from model import ECAPA_TDNN
+from tools import BadInput, verification_figures, write_whole
+
+
+def choose_device(name='auto'):
+    """torch.device of 'auto' (cuda if there is one, else cpu) or of a device's name; BadInput if it is not there."""
+    try:
+        device = torch.device(name if name != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu')
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f'--device {name}: not available here: {summary(error)}') from error
+    return device
+
+
+def summary(error):
+    """The first line of a library's error, or its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+class ECAPAModel(nn.Module):
+    """Speaker encoder and AAM-softmax classifier, with the optimiser that trains them.
+
+    lr: learning rate of Adam, multiplied by lr_decay every test_step epochs; C: channels of the encoder; n_class:
+    speakers; m, s: margin and scale of AAM-softmax; device: as in choose_device.
+    """
+
+    def __init__(self, lr, lr_decay, C, n_class, m, s, test_step, device='auto', **kwargs):
+        super().__init__()
+        self.device = choose_device(device)
+        self.speaker_encoder = ECAPA_TDNN(C=C).to(self.device)
+        self.speaker_loss = AAMsoftmax(n_class=n_class, m=m, s=s).to(self.device)
+        self.optim = torch.optim.Adam(self.parameters(), lr=lr, weight_decay=2e-5)
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optim, step_size=test_step, gamma=lr_decay)
+
+    def set_learning_rate(self, epoch):
+        """Sets and returns the learning rate of an epoch, counted from 1: a function of the epoch alone."""
+        with warnings.catch_warnings():
+            # PyTorch deprecates the argument, which is what makes the schedule independent of the epochs run before.
+            warnings.simplefilter('ignore', UserWarning)
+            self.scheduler.step(epoch - 1)
+        return self.optim.param_groups[0]['lr']
+
+    def train_network(self, epoch, loader):
+        """One epoch over a loader of (waveforms (B, samples), labels (B,)).
+
+        Returns (mean loss, learning rate, mean accuracy in percent). The progress bar shows, besides these, utterances
+        a second and the share of the time spent waiting for data.
+        """
+        self.train()
+        lr = self.set_learning_rate(epoch)
+        totals = torch.zeros(2, device=self.device)
+        steps, waited, begin = 0, 0.0, time.perf_counter()
+        with tqdm(desc=f'epoch {epoch}', total=len(loader), unit='step', disable=None) as bar:
+            asked = begin
+            for steps, (audio, labels) in enumerate(loader, 1):
+                waited += time.perf_counter() - asked
+                totals += self.train_step(audio.to(self.device), labels.to(self.device))
+                bar.update()
+                if not bar.disable:
+                    loss, accuracy = (totals / steps).tolist()
+                    elapsed = time.perf_counter() - begin
+                    bar.set_postfix_str(
+                        f'loss {loss:.3f}, acc {accuracy:.2f}%, lr {lr:.6f}, '
+                        f'{steps * len(labels) / elapsed:.0f} utt/s, {100 * waited / elapsed:.0f}% waiting for data'
+                    )
+                asked = time.perf_counter()
+        if steps == 0:
+            raise BadInput('an epoch has no full batch: the training list is shorter than --batch_size')
+        loss, accuracy = (totals / steps).tolist()
+        return loss, lr, accuracy
+
+    def train_step(self, audio, labels):
+        """One optimiser step on waveforms (B, samples) and labels (B,). Returns [loss, accuracy in percent] (2,)."""
+        self.optim.zero_grad()
+        loss, accuracy = self.speaker_loss(self.speaker_encoder(audio, aug=True), labels)
+        loss.backward()
+        self.optim.step()
+        return torch.stack([loss.detach(), accuracy[0]])
+
+    def eval_network(self, eval_list, eval_path):
+        """EER in percent and minDCF (p_target 0.05) of a trial list whose files lie below eval_path."""
+        return verification_figures(*self.score_trials(eval_list, eval_path))[:2]
+
+    def score_trials(self, eval_list, eval_path):
+        """Scores of a trial list: (scores float32 (N,), labels int8 (N,)), in the list's order.
+
+        A score is half the cosine of the whole utterances plus half the mean cosine of the 25 pairs of their crops.
+        """
+        files, labels, pairs = read_trials(eval_list)
+        embeddings = self.embed_files([os.path.join(eval_path, file) for file in files])
+        sides = embeddings[pairs]
+        return 0.5 * np.einsum('nkd,nkd->n', sides[:, 0], sides[:, 1]), labels
+
+    @torch.inference_mode()
+    def embed_files(self, paths):
+        """Each file as two vectors, float32 (N, 2, 192): its whole utterance's unit embedding, and the mean of the unit
+        embeddings of its five crops, so that the dot product of two means is the mean over 25 pairs of crops.
+        """
+        self.eval()
+        embeddings = np.empty((len(paths), 2, 192), np.float32)
+        for row, path in zip(embeddings, tqdm(paths, desc='evaluating', unit='file', disable=None, leave=False)):
+            for side, audio in enumerate(read_eval_utterance(path)):
+                embedding = self.speaker_encoder(audio.to(self.device), aug=False)
+                row[side] = nn.functional.normalize(embedding).mean(dim=0).cpu()
+        return embeddings
+
+    def save_parameters(self, path):
+        """Writes the flat state dict of the published format: speaker_encoder.* and speaker_loss.weight."""
+        write_whole(path, lambda file: torch.save(self.state_dict(), file))
+
+    def save_training(self, folder, epoch, loss, lr, accuracy):
+        """Writes model_EPOCH.model and, beside it, model_EPOCH.state: what else a resume needs.
+
+        The state is twice the size of the model, so only the two newest are kept.
+        """
+        path = os.path.join(folder, f'model_{epoch:04d}')
+        state = {'epoch': epoch, 'loss': loss, 'lr': lr, 'accuracy': accuracy, 'optim': self.optim.state_dict()}
+        write_whole(f'{path}.state', lambda file: torch.save(state, file))
+        self.save_parameters(f'{path}.model')
+        for old in sorted(glob.glob(glob.escape(folder) + '/model_*.state'))[:-2]:
+            os.remove(old)
+
+    def resume(self, folder):
+        """Loads the newest checkpoint of a folder that can be read, and the optimiser's state beside it.
+
+        Returns {epoch, loss, lr, accuracy} of that epoch, without the last three where it has no state (a checkpoint of
+        the published code), or None where there is nothing to resume. Says on standard error what it passed over.
+        """
+        for path in sorted(glob.glob(glob.escape(folder) + '/model_[0-9]*.model'), reverse=True):
+            epoch = int(os.path.basename(path)[len('model_') : -len('.model')])
+            try:
+                state = read_checkpoint(path)
+            except BadInput as error:
+                print(f'{error}\npassed over; trying the checkpoint before it', file=sys.stderr)
+                continue
+            if self.load_parameters(path):
+                raise BadInput(
+                    f'{path}: cannot be continued: it has {checkpoint_sizes(state)[1]} speakers, this run '
+                    f'{len(self.speaker_loss.weight)}; choose another --save_path, and --initial_model to start from it'
+                )
+            return {'epoch': epoch, **self.load_state(path.removesuffix('.model') + '.state')}
+        return None
+
+    def load_state(self, path):
+        """Restores the optimiser from a .state file; returns the rest of it, or {} where it cannot be read."""
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            self.optim.load_state_dict(state.pop('optim'))
+            return state
+        except Exception as error:
+            why = 'missing' if not os.path.exists(path) else f'unreadable ({summary(error)})'
+            print(f'{path}: {why}; the optimiser starts afresh', file=sys.stderr)
+            return {}
+
+    def load_parameters(self, path):
+        """Loads a checkpoint; returns the names of its tensors that do not fit and were left out.
+
+        Only the classifier may differ, for another set of speakers: raises BadInput for an encoder that does not fit.
+        """
+        state = read_checkpoint(path)
+        own = self.state_dict()
+        shapes, own_shapes = ({name: tensor.shape for name, tensor in tensors.items()} for tensors in (state, own))
+        unfit = [name for name in own_shapes | shapes if own_shapes.get(name) != shapes.get(name)]
+        encoder = [name for name in unfit if name.startswith('speaker_encoder.')]
+        if encoder:
+            raise BadInput(
+                f'{path}: the encoder does not fit: {len(encoder)} tensors are missing, unknown or of another shape, '
+                f'{encoder[0]} for one; the checkpoint has {checkpoint_sizes(state)[0]} channels, the model '
+                f'{self.speaker_encoder.conv1.out_channels} (--C)'
+            )
+        self.load_state_dict({name: tensor for name, tensor in state.items() if name not in unfit}, strict=False)
+        return unfit
+
+
+def read_checkpoint(path):
+    """State dict of a checkpoint, on the CPU, without executing anything in the file.
+
+    Raises BadInput for a file that is missing, damaged or no checkpoint of this model.
+    """
+    if not os.path.isfile(path):
+        raise BadInput(f'--initial_model: {path}: no such checkpoint')
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:
+        # torch.load raises a dozen types for damaged files, none of them its own.
+        raise BadInput(f'{path}: cannot be read as a checkpoint: {summary(error)}') from error
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise BadInput(f'{path}: not a checkpoint of this model: a flat dictionary of tensors was expected')
+    state = {name.removeprefix('module.'): tensor for name, tensor in state.items()}
+    for name, dimensions in (('speaker_encoder.conv1.weight', 3), ('speaker_loss.weight', 2)):
+        if name not in state or state[name].ndim != dimensions:
+            raise BadInput(f'{path}: not a checkpoint of this model: {name} is missing or has another shape')
+    return state
+
+
+def checkpoint_sizes(state):
+    """(channels C, number of speakers) of a checkpoint's state dict."""
+    return len(state['speaker_encoder.conv1.weight']), len(state['speaker_loss.weight'])

@@ -1,0 +1,40 @@
+"""AAM-softmax: additive angular margin softmax, the classifier and loss of training."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tools import accuracy
+
+
+class AAMsoftmax(nn.Module):
+    """Additive angular margin softmax (Deng et al., ArcFace, CVPR 2019, eq. 3).
+
+    n_class: speakers; m: margin in radians; s: scale of the cosines. `weight` is (n_class, 192).
+    """
+
+    def __init__(self, n_class, m, s):
+        super().__init__()
+        self.m = m
+        self.s = s
+        self.weight = nn.Parameter(torch.empty(n_class, 192))
+        nn.init.xavier_normal_(self.weight, gain=1)
+
+    def forward(self, x, label):
+        """x: (B, 192) embeddings; label: (B,) speakers. Returns (loss, top-1 accuracy in percent).
+
+        The accuracy counts the logits with the margin, so it understates how often the nearest speaker is the right
+        one.
+        """
+        cosine = F.linear(F.normalize(x), F.normalize(self.weight))
+        target = cosine.gather(1, label.view(-1, 1))
+        # Where |cos| reaches 1 the root's slope is infinite, and the chain rule would make a NaN of it.
+        sine = (1 - target * target).clamp(min=torch.finfo(target.dtype).eps).sqrt()
+        with_margin = target * math.cos(self.m) - sine * math.sin(self.m)
+        # Past θ = π − m the cosine of θ + m would rise again; a straight line goes on falling.
+        line = target - math.sin(math.pi - self.m) * self.m
+        with_margin = torch.where(target > math.cos(math.pi - self.m), with_margin, line)
+        logits = cosine.scatter(1, label.view(-1, 1), with_margin) * self.s
+        return F.cross_entropy(logits, label), accuracy(logits.detach(), label)[0]

@@ -1,0 +1,180 @@
+"""The network: waveform -> log-mel spectrogram -> ECAPA-TDNN -> embedding of 192 numbers.
+
+Desplanques, Thienpondt and Demuynck, ECAPA-TDNN, Interspeech 2020, arXiv 2005.07143. Module names and shapes are those
+of the published checkpoint.
+"""
+
+import torch
+import torch.nn.functional as F
+import torchaudio
+from torch import nn
+
+
+class SEModule(nn.Module):
+    """Squeeze-excitation: scales each channel of (B, channels, T) by a gate computed from all channels' means."""
+
+    def __init__(self, channels, bottleneck=128):
+        super().__init__()
+        self.se = nn.Sequential(
+            nn.AdaptiveAvgPool1d(1),
+            nn.Conv1d(channels, bottleneck, kernel_size=1),
+            nn.ReLU(),
+            nn.Conv1d(bottleneck, channels, kernel_size=1),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, input):
+        return input * self.se(input)
+
+
+class Bottle2neck(nn.Module):
+    """SE-Res2 block (paper, section 3.1): (B, inplanes, T) -> (B, planes, T), added to its input.
+
+    The channels are cut into `scale` groups: all but the last go through a chain of dilated convolutions, each fed its
+    own group plus the output of the one before.
+    """
+
+    def __init__(self, inplanes, planes, kernel_size=None, dilation=None, scale=8):
+        super().__init__()
+        width = planes // scale
+        padding = kernel_size // 2 * dilation
+        self.conv1 = nn.Conv1d(inplanes, width * scale, kernel_size=1)
+        self.bn1 = nn.BatchNorm1d(width * scale)
+        self.convs = nn.ModuleList(
+            nn.Conv1d(width, width, kernel_size, dilation=dilation, padding=padding) for _ in range(scale - 1)
+        )
+        self.bns = nn.ModuleList(nn.BatchNorm1d(width) for _ in range(scale - 1))
+        self.conv3 = nn.Conv1d(width * scale, planes, kernel_size=1)
+        self.bn3 = nn.BatchNorm1d(planes)
+        self.relu = nn.ReLU()
+        self.se = SEModule(planes)
+        self.width = width
+
+    def forward(self, x):
+        groups = self.bn1(self.relu(self.conv1(x))).split(self.width, dim=1)
+        outputs = []
+        for group, conv, bn in zip(groups, self.convs, self.bns):
+            chained = group + outputs[-1] if outputs else group
+            outputs.append(bn(self.relu(conv(chained))))
+        out = self.bn3(self.relu(self.conv3(torch.cat([*outputs, groups[-1]], dim=1))))
+        return self.se(out) + x
+
+
+class PreEmphasis(nn.Module):
+    """y[t] = x[t] - coef * x[t - 1] on (B, samples), the sample before the first being a reflection."""
+
+    def __init__(self, coef=0.97):
+        super().__init__()
+        self.coef = coef
+        self.register_buffer('flipped_filter', torch.tensor([[[-coef, 1.0]]]))
+
+    def forward(self, input):
+        padded = F.pad(input.unsqueeze(1), (1, 0), 'reflect')
+        return F.conv1d(padded, self.flipped_filter).squeeze(1)
+
+
+class FbankAug(nn.Module):
+    """SpecAugment without time warping (Park et al., Interspeech 2019): one mask an axis and utterance, filled with 0.
+
+    Widths are drawn from [first, second) of the two ranges, in frames and in mel bands.
+    """
+
+    def __init__(self, freq_mask_width=(0, 8), time_mask_width=(0, 10)):
+        super().__init__()
+        self.freq_mask_width = freq_mask_width
+        self.time_mask_width = time_mask_width
+
+    def mask_along_axis(self, x, dim):
+        """x: (B, bands, frames); dim: 1 masks bands, 2 frames. Returns a masked copy."""
+        size = x.shape[dim]
+        narrowest, widest = self.freq_mask_width if dim == 1 else self.time_mask_width
+        width = torch.randint(narrowest, widest, (len(x), 1), device=x.device)
+        # Scaling a uniform number keeps the bound on the device, where randint would wait for it.
+        starts = (size - width.max()).clamp(min=1)
+        start = (torch.rand(len(x), 1, device=x.device) * starts).long()
+        position = torch.arange(size, device=x.device)
+        mask = (start <= position) & (position < start + width)
+        return x.masked_fill(mask.unsqueeze(3 - dim), 0.0)
+
+    def forward(self, x):
+        return self.mask_along_axis(self.mask_along_axis(x, dim=2), dim=1)
+
+
+class ECAPA_TDNN(nn.Module):
+    """Speaker encoder with C channels in the frame-level layers; C must be a multiple of 8."""
+
+    def __init__(self, C):
+        super().__init__()
+        self.torchfbank = nn.Sequential(
+            PreEmphasis(),
+            torchaudio.transforms.MelSpectrogram(
+                sample_rate=16000,
+                n_fft=512,
+                win_length=400,
+                hop_length=160,
+                f_min=20,
+                f_max=7600,
+                window_fn=torch.hamming_window,
+                n_mels=80,
+            ),
+        )
+        self.specaug = FbankAug()
+        self.conv1 = nn.Conv1d(80, C, kernel_size=5, stride=1, padding=2)
+        self.relu = nn.ReLU()
+        self.bn1 = nn.BatchNorm1d(C)
+        self.layer1 = Bottle2neck(C, C, kernel_size=3, dilation=2, scale=8)
+        self.layer2 = Bottle2neck(C, C, kernel_size=3, dilation=3, scale=8)
+        self.layer3 = Bottle2neck(C, C, kernel_size=3, dilation=4, scale=8)
+        self.layer4 = nn.Conv1d(3 * C, 1536, kernel_size=1)
+        self.attention = nn.Sequential(
+            nn.Conv1d(4608, 256, kernel_size=1),
+            nn.ReLU(),
+            nn.BatchNorm1d(256),
+            nn.Tanh(),
+            nn.Conv1d(256, 1536, kernel_size=1),
+            nn.Softmax(dim=2),
+        )
+        self.bn5 = nn.BatchNorm1d(3072)
+        self.fc6 = nn.Linear(3072, 192)
+        self.bn6 = nn.BatchNorm1d(192)
+
+    def forward(self, x, aug):
+        """x: (B, samples) waveforms at 16 kHz in [-1, 1]; aug: whether to mask (SpecAugment).
+
+        Returns (B, 192) embeddings, not normalised. No gradient flows to x.
+        """
+        with torch.no_grad():
+            x = self.log_mel(x)
+            if aug:
+                x = self.specaug(x)
+        return self.encode(x)
+
+    def log_mel(self, x):
+        """Log-mel spectrogram (B, 80, 1 + samples // 160) of (B, samples), each band's mean over time removed."""
+        x = (self.torchfbank(x) + 1e-6).log()
+        return x - x.mean(dim=-1, keepdim=True)
+
+    def encode(self, x):
+        """Embeddings (B, 192) of log-mel spectrograms (B, 80, frames)."""
+        x = self.bn1(self.relu(self.conv1(x)))
+        x1 = self.layer1(x)
+        x2 = self.layer2(x + x1)
+        x3 = self.layer3(x + x1 + x2)
+        x = self.relu(self.layer4(torch.cat((x1, x2, x3), dim=1)))
+        return self.bn6(self.fc6(self.bn5(self.pool(x))))
+
+    def pool(self, x):
+        """Attentive statistics with global context (paper, section 3.2): (B, 1536, frames) -> (B, 3072)."""
+        mean = x.mean(dim=2)
+        std = x.var(dim=2).clamp(min=1e-4).sqrt()
+        # The mean and the deviation are the same in every frame, so their part of the first 1x1 convolution over
+        # [x, mean, std] is one vector an utterance.
+        first, *rest = self.attention
+        over_frames, over_context = first.weight.squeeze(2).split([1536, 3072], dim=1)
+        context = F.linear(torch.cat((mean, std), dim=1), over_context, first.bias)
+        w = F.conv1d(x, over_frames.unsqueeze(2)) + context.unsqueeze(2)
+        for layer in rest:
+            w = layer(w)
+        mu = (x * w).sum(dim=2)
+        sigma = ((x * x * w).sum(dim=2) - mu * mu).clamp(min=1e-4).sqrt()
+        return torch.cat((mu, sigma), dim=1)

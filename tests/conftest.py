@@ -1,0 +1,112 @@
+"""What the tests share: the reference's numbers, weights and waves made from a formula, and small corpora."""
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from ECAPAModel import ECAPAModel
+
+SHARED = Path(__file__).parents[2] / 'shared'
+GOLDEN = SHARED / 'golden'
+MINIVOX = SHARED / 'minivox'
+
+
+@pytest.fixture(scope='session')
+def golden():
+    """Folder of the reference's numbers."""
+    if not GOLDEN.is_dir():
+        pytest.skip('golden/ is not beside the project')
+    return GOLDEN
+
+
+@pytest.fixture(scope='session')
+def minivox():
+    """Folder of real speech in VoxCeleb's layout."""
+    if not MINIVOX.is_dir():
+        pytest.skip('minivox/ is not beside the project')
+    return MINIVOX
+
+
+@pytest.fixture(scope='session')
+def portable():
+    """The reference's numbers on portable_system() and wave()."""
+    return np.load(Path(__file__).parent / 'portable.npz')
+
+
+def wave(number, samples):
+    """A pulse-like tone with noise, float32 (samples,): the input that portable.npz was computed on."""
+    random = np.random.RandomState(number)
+    t = np.arange(samples) / 16000
+    pitch = 100 + 20 * number
+    tone = sum(np.sin(2 * np.pi * pitch * h * t + random.uniform(0, 6.28)) / h for h in range(1, 30))
+    tone = tone * (0.5 + 0.5 * np.sin(2 * np.pi * 3 * t)) + 0.1 * random.standard_normal(samples)
+    return (0.1 * tone).astype(np.float32)
+
+
+def portable_system(C):
+    """ECAPAModel whose every weight follows from its name, on the CPU, without SpecAugment."""
+    system = ECAPAModel(lr=0.001, lr_decay=0.97, C=C, n_class=20, m=0.2, s=30, test_step=1, device='cpu')
+    for name, tensor in system.state_dict().items():
+        if 'torchfbank' in name or 'num_batches_tracked' in name:
+            continue
+        noise = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(tensor.shape))
+        noise = noise.astype(np.float32)
+        if 'running_var' in name:
+            noise = 1 + 0.1 * np.abs(noise)
+        elif name.endswith('weight') and noise.ndim == 1:
+            noise = 1 + 0.1 * noise
+        elif noise.ndim >= 2:
+            noise = noise / np.sqrt(np.prod(noise.shape[1:]))
+        else:
+            noise = 0.1 * noise
+        tensor.copy_(torch.from_numpy(noise.astype(np.float32)))
+    system.speaker_encoder.specaug = torch.nn.Identity()
+    return system
+
+
+def write_wav(path, audio, rate=16000, subtype='FLOAT'):
+    """Writes (samples,) or (samples, channels) and makes the folders that it needs; returns the path as a string."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, audio, rate, subtype=subtype)
+    return str(path)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A corpus of noise, for what does not depend on the sound; a dict of the options that name its parts."""
+    random = np.random.default_rng(0)
+
+    def audio(name, samples=20000):
+        return write_wav(tmp_path / name, 0.1 * random.standard_normal(samples), subtype='PCM_16')
+
+    names = [f'id{speaker}/session/{number:05d}.wav' for speaker in range(4) for number in range(3)]
+    for name in names:
+        audio(f'train/{name}')
+        audio(f'eval/{name}', samples=50000)
+    for category in ('noise', 'speech', 'music'):
+        for number in range(2):
+            audio(f'musan/{category}/source/recording/{number:05d}.wav')
+    audio('rirs/smallroom/Room001/Room001-00001.wav', samples=2000)
+    (tmp_path / 'train.txt').write_text(''.join(f'{name[:3]} {name}\n' for name in names))
+    pairs = [(a, b) for a in names for b in names if a < b]
+    (tmp_path / 'trials.txt').write_text(''.join(f'{int(a[:3] == b[:3])} {a} {b}\n' for a, b in pairs))
+    paths = {
+        'train_list': 'train.txt',
+        'train_path': 'train',
+        'eval_list': 'trials.txt',
+        'eval_path': 'eval',
+        'musan_path': 'musan',
+        'rir_path': 'rirs',
+        'save_path': 'exp',
+    }
+    return {name: str(tmp_path / path) for name, path in paths.items()}
+
+
+def command_line(*flags, **options):
+    """Arguments of trainECAPAModel.py from its options."""
+    return [*flags, *(text for name, value in options.items() for text in (f'--{name}', str(value)))]

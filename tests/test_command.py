@@ -1,0 +1,198 @@
+"""The command, end to end on a small corpus of synthetic voices: training, score.txt, resume, fine-tuning, --eval."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import command_line
+from voices import make_corpus
+
+import trainECAPAModel
+from ECAPAModel import ECAPAModel, read_checkpoint
+from tools import read_scores
+
+ROOT = Path(__file__).parents[1]
+SMALL = {'C': 16, 'num_frames': 60, 'batch_size': 8, 'n_cpu': 1, 'device': 'cpu'}
+
+
+@pytest.fixture(scope='session')
+def voices(tmp_path_factory):
+    """Options that name the parts of a small corpus of synthetic voices."""
+    folder = tmp_path_factory.mktemp('voices')
+    make_corpus(folder, train_speakers=6, test_speakers=4, utterances=4, seed=1)
+    return {
+        'train_list': folder / 'VoxCeleb2/train_list.txt',
+        'train_path': folder / 'VoxCeleb2/train/wav',
+        'eval_list': folder / 'VoxCeleb1/veri_test2.txt',
+        'eval_path': folder / 'VoxCeleb1/test/wav',
+        'musan_path': folder / 'musan_split',
+        'rir_path': folder / 'simulated_rirs',
+    }
+
+
+def run(voices, *flags, **options):
+    trainECAPAModel.main(command_line(*flags, **{**SMALL, **voices, **options}))
+
+
+@pytest.fixture(scope='session')
+def trained(voices, tmp_path_factory):
+    """Folder of an uninterrupted run of four epochs, tested every second one."""
+    folder = tmp_path_factory.mktemp('exps') / 'straight'
+    run(voices, max_epoch=4, test_step=2, save_path=folder)
+    return folder
+
+
+def assert_same_run(a, b):
+    assert (a / 'score.txt').read_bytes() == (b / 'score.txt').read_bytes()
+    for path in sorted((a / 'model').glob('*.model')):
+        first, second = read_checkpoint(path), read_checkpoint(b / 'model' / path.name)
+        assert list(first) == list(second)
+        assert all(torch.equal(first[name], second[name]) for name in first), path.name
+
+
+def test_score_txt_and_checkpoints(trained):
+    lines = (trained / 'score.txt').read_text().splitlines()
+    pattern = r'%d epoch, LR %s, LOSS \d+\.\d{6}, ACC \d+\.\d\d%%, EER \d+\.\d\d%%, bestEER \d+\.\d\d%%'
+    assert len(lines) == 2
+    assert re.fullmatch(pattern % (2, '0.001000'), lines[0])
+    assert re.fullmatch(pattern % (4, '0.000970'), lines[1])
+    assert [path.name for path in sorted((trained / 'model').glob('*.model'))] == [
+        'model_0002.model',
+        'model_0004.model',
+    ]
+    scores = read_scores(trained / 'score.txt')
+    assert [score[5] for score in scores] == [scores[0][4], min(scores[0][4], scores[1][4])]
+
+
+def test_the_plan_comes_first_and_a_log_has_no_progress_bar(voices, tmp_path):
+    command = [sys.executable, str(ROOT / 'trainECAPAModel.py')]
+    arguments = command_line(**{**SMALL, **voices, 'max_epoch': 1, 'save_path': tmp_path / 'exp'})
+    done = subprocess.run(command + arguments, capture_output=True, text=True, cwd=tmp_path, check=True)
+    utterances = len(Path(voices['train_list']).read_text().splitlines())
+    plan, _, rest = done.stdout.partition('start ')
+    assert f'6 speakers, {utterances} utterances' in plan
+    assert f'{utterances // 8} steps of 8 utterances' in plan
+    system = ECAPAModel(lr=0.001, lr_decay=0.97, C=16, n_class=6, m=0.2, s=30, test_step=1)
+    parameters = [sum(p.numel() for p in part.parameters()) for part in (system.speaker_encoder, system.speaker_loss)]
+    assert f'{parameters[0]:,} in the encoder, {parameters[1]:,} in the classifier of 6 speakers' in plan
+    rirs = len(list(Path(voices['rir_path']).rglob('*.wav')))
+    noises = len(list(Path(voices['musan_path'], 'noise').rglob('*.wav')))
+    assert f'{noises} noise' in plan and f'{rirs} RIRs' in plan
+    assert 'epoch 1, LR 0.001000' in rest
+    assert done.stderr == '', 'progress bars are for terminals'
+
+
+def test_the_same_command_gives_the_same_run(voices, trained, tmp_path):
+    run(voices, max_epoch=4, test_step=2, save_path=tmp_path / 'again', n_cpu=2)
+    assert_same_run(trained, tmp_path / 'again')
+
+
+def test_another_seed_gives_another_run(voices, trained, tmp_path):
+    run(voices, max_epoch=2, test_step=2, save_path=tmp_path / 'other', seed=11)
+    assert read_scores(tmp_path / 'other/score.txt')[0] != read_scores(trained / 'score.txt')[0]
+
+
+def test_a_continued_run_equals_an_uninterrupted_one(voices, trained, tmp_path, capsys):
+    run(voices, max_epoch=2, test_step=2, save_path=tmp_path / 'exp')
+    run(voices, max_epoch=4, test_step=2, save_path=tmp_path / 'exp')
+    assert 'after epoch 2' in capsys.readouterr().out
+    assert_same_run(trained, tmp_path / 'exp')
+
+
+def test_a_run_that_ended_before_its_test_is_tested_first(voices, trained, tmp_path):
+    run(voices, max_epoch=2, test_step=2, save_path=tmp_path / 'exp')
+    (tmp_path / 'exp/score.txt').unlink()
+    run(voices, max_epoch=4, test_step=2, save_path=tmp_path / 'exp')
+    assert_same_run(trained, tmp_path / 'exp')
+
+
+def test_resume_passes_over_a_damaged_checkpoint(voices, trained, tmp_path, capsys):
+    run(voices, max_epoch=4, test_step=2, save_path=tmp_path / 'exp')
+    newest = tmp_path / 'exp/model/model_0004.model'
+    newest.write_bytes(newest.read_bytes()[:5000])
+    capsys.readouterr()
+    run(voices, max_epoch=4, test_step=2, save_path=tmp_path / 'exp')
+    output = capsys.readouterr()
+    assert 'model_0004.model: cannot be read' in output.err
+    assert 'after epoch 2' in output.out
+    assert_same_run(trained, tmp_path / 'exp')
+
+
+def test_a_checkpoint_of_the_published_code_is_continued(voices, trained, tmp_path, capsys):
+    """It has no state beside it: weights and best EER carry over, the optimiser starts afresh."""
+    folder = tmp_path / 'exp'
+    (folder / 'model').mkdir(parents=True)
+    (folder / 'model/model_0004.model').write_bytes((trained / 'model/model_0004.model').read_bytes())
+    (folder / 'score.txt').write_text('4 epoch, LR 0.000970, LOSS 9.0, ACC 1.00%, EER 0.01%, bestEER 0.01%\n')
+    run(voices, max_epoch=6, test_step=2, save_path=folder)
+    assert 'optimiser starts afresh' in capsys.readouterr().err
+    scores = read_scores(folder / 'score.txt')
+    assert [score[0] for score in scores] == [4, 6]
+    assert scores[1][5] == 0.01
+
+
+def test_eval_gives_the_figures_of_training(voices, trained, capsys):
+    options = {name: voices[name] for name in ('eval_list', 'eval_path')}
+    model = trained / 'model/model_0004.model'
+    trainECAPAModel.main(command_line('--eval', initial_model=model, device='cpu', **options))
+    output = capsys.readouterr().out
+    found = re.search(r'EER ([\d.]+)%, minDCF\(p_target 0.05\) ([\d.]+), minDCF\(p_target 0.01\) ([\d.]+)', output)
+    assert float(found[1]) == read_scores(trained / 'score.txt')[-1][4]
+    system = ECAPAModel(lr=0.001, lr_decay=0.97, C=16, n_class=6, m=0.2, s=30, test_step=1)
+    system.load_parameters(model)
+    eer, min_dcf = system.eval_network(eval_list=str(voices['eval_list']), eval_path=str(voices['eval_path']))
+    assert (f'{eer:.2f}', f'{min_dcf:.4f}') == (found[1], found[2])
+
+
+def test_eval_refuses_another_size(voices, trained, capsys):
+    arguments = command_line('--eval', initial_model=trained / 'model/model_0004.model', C=64, **voices)
+    with pytest.raises(SystemExit) as stop:
+        trainECAPAModel.main(arguments)
+    assert stop.value.code == 2
+    assert '--C 64 contradicts' in capsys.readouterr().err
+
+
+def test_fine_tuning_on_other_speakers(voices, trained, tmp_path, capsys):
+    lines = Path(voices['train_list']).read_text().splitlines(keepends=True)
+    speakers = sorted({line.split()[0] for line in lines})[:3]
+    (tmp_path / 'three.txt').write_text(''.join(line for line in lines if line.split()[0] in speakers))
+    options = {**voices, 'train_list': tmp_path / 'three.txt', 'initial_model': trained / 'model/model_0004.model'}
+    del options['eval_list']
+    (tmp_path / 'start.txt').write_text('# fine-tuning\n--lr 0 --max_epoch 1  # only the statistics move\n')
+    arguments = {**SMALL, **options, 'eval_list': voices['eval_list'], 'save_path': tmp_path / 'exp'}
+    del arguments['C']
+    trainECAPAModel.main([f'@{tmp_path}/start.txt', *command_line(**arguments)])
+    assert 'left out: speaker_loss.weight' in capsys.readouterr().out
+    before, after = (
+        read_checkpoint(path) for path in (options['initial_model'], tmp_path / 'exp/model/model_0001.model')
+    )
+    assert after['speaker_loss.weight'].shape == (3, 192)
+    weights = [name for name in before if name.startswith('speaker_encoder') and 'running' not in name]
+    assert all(torch.equal(before[name], after[name]) for name in weights if 'tracked' not in name)
+
+
+def test_a_recipe_is_read_where_it_stands(tmp_path):
+    (tmp_path / 'recipe.txt').write_text("# a recipe\n--C 64 --lr 0.01\n\n--save_path 'exps/with space'\n")
+    parse = trainECAPAModel.make_parser().parse_args
+    args = parse(['--lr', '0.1', f'@{tmp_path}/recipe.txt', '--C', '128'])
+    assert (args.C, args.lr, args.save_path) == (128, 0.01, 'exps/with space')
+
+
+def test_defaults_of_the_published_command():
+    args = trainECAPAModel.make_parser().parse_args([])
+    expected = dict(num_frames=200, max_epoch=80, batch_size=400, n_cpu=4, test_step=1, lr=0.001, lr_decay=0.97)
+    expected.update(m=0.2, s=30, save_path='exps/exp1', initial_model='', eval=False, seed=10, device='auto')
+    expected.update(eval_list='data/VoxCeleb1/veri_test2.txt', rir_path='data/RIRS_NOISES/simulated_rirs')
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_published_curve_is_in_the_format_of_score_txt(golden):
+    curve = np.loadtxt(golden / 'published_curve.csv', delimiter=',', skiprows=1)
+    scores = np.array(read_scores(ROOT / 'exps/pretrain_score.txt'))
+    assert np.array_equal(scores[:, [0, 2, 3, 4]], curve)
+    np.testing.assert_allclose(scores[:, 1], 0.001 * 0.97 ** np.arange(80), atol=5e-7)
+    assert np.array_equal(scores[:, 5], np.minimum.accumulate(curve[:, 3]))

@@ -1,0 +1,174 @@
+"""The numbers of the reference: features, embeddings, losses, gradients, optimiser steps, measures, a real evaluation."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import portable_system, wave, write_wav
+
+import dataLoader
+from ECAPAModel import ECAPAModel, checkpoint_sizes, read_checkpoint
+from loss import AAMsoftmax
+from tools import ComputeErrorRates, ComputeMinDcf, tuneThresholdfromScore, verification_figures
+
+
+def make_system(C, n_class, test_step=1):
+    return ECAPAModel(lr=0.001, lr_decay=0.97, C=C, n_class=n_class, m=0.2, s=30, test_step=test_step, device='cpu')
+
+
+@pytest.fixture(scope='module')
+def trained(golden):
+    system = make_system(128, 204, test_step=2)
+    assert system.load_parameters(golden / 'ecapa_c128.model') == []
+    return system
+
+
+def test_portable_log_mel(portable):
+    waves = torch.from_numpy(np.stack([wave(i, 32240) for i in range(4)]))
+    log_mel = portable_system(64).speaker_encoder.log_mel(waves)
+    assert log_mel.shape == (4, 80, 202)
+    np.testing.assert_allclose(log_mel[:, :, ::20], portable['log_mel_mean_normalised'], atol=1e-4)
+
+
+@pytest.mark.parametrize('C', [64, 1024])
+def test_portable_network(portable, C):
+    system = portable_system(C)
+    waves = torch.from_numpy(np.stack([wave(i, 32240) for i in range(4)]))
+    system.eval()
+    with torch.no_grad():
+        embedding = system.speaker_encoder(waves, aug=False)
+        longer = system.speaker_encoder(torch.from_numpy(wave(9, 77777))[None], aug=False)
+    np.testing.assert_allclose(embedding, portable[f'embedding_eval_C{C}'], atol=1e-4)
+    np.testing.assert_allclose(longer, portable[f'embedding_eval_77777_samples_C{C}'], atol=1e-4)
+
+    system.train()
+    embedding = system.speaker_encoder(waves, aug=True)
+    loss, accuracy = system.speaker_loss(embedding, torch.tensor([3, 1, 19, 7]))
+    loss.backward()
+    np.testing.assert_allclose(embedding.detach(), portable[f'embedding_train_C{C}'], atol=1e-4)
+    np.testing.assert_allclose(loss.item(), portable[f'loss_train_C{C}'], rtol=1e-4)
+    assert accuracy.item() == portable[f'accuracy_train_C{C}']
+    parameters = dict(system.named_parameters())
+    norms = [key for key in portable.files if key.startswith('grad_l2/') and key.endswith(f'/C{C}')]
+    assert len(norms) == 6
+    for key in norms:
+        norm = parameters[key.split('/')[1]].grad.norm().item()
+        np.testing.assert_allclose(norm, portable[key], rtol=1e-3, err_msg=key)
+
+
+def test_forward(golden, trained):
+    expected = np.load(golden / 'forward.npz')
+    waves = torch.from_numpy(expected['wav_int16'].astype(np.float32) / 32768)
+    encoder = trained.speaker_encoder
+    with torch.no_grad():
+        encoder.eval()
+        np.testing.assert_allclose(encoder.log_mel(waves), expected['log_mel'], atol=1e-4)
+        np.testing.assert_allclose(encoder(waves, aug=False), expected['embedding_eval'], atol=1e-4)
+        joined = waves[:2].reshape(1, -1)[:, :50001]
+        first = encoder(joined, aug=False)
+        np.testing.assert_allclose(first, expected['embedding_eval_first50001_of_wav0_wav1'], atol=1e-4)
+        before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+        encoder.train()
+        np.testing.assert_allclose(encoder(waves, aug=False), expected['embedding_train'], atol=1e-4)
+    trained.load_state_dict(before)
+
+
+def test_three_adam_steps(golden):
+    expected = np.load(golden / 'train_steps.npz')
+    system = make_system(128, 204)
+    system.load_parameters(golden / 'ecapa_c128.model')
+    system.speaker_encoder.specaug = torch.nn.Identity()
+    system.train()
+    waves = torch.from_numpy(expected['wav_int16'].astype(np.float32) / 32768)
+    labels = torch.from_numpy(expected['label'])
+    losses = [system.train_step(*batch)[0].item() for batch in zip(waves, labels)]
+    np.testing.assert_allclose(losses, expected['loss'], rtol=1e-4)
+    state = system.state_dict()
+    weights = [key.removeprefix('after/') for key in expected.files if key.startswith('after/')]
+    assert len(weights) == 6
+    for name in weights:
+        np.testing.assert_allclose(
+            state[name].flatten()[:512], expected[f'after/{name}'], rtol=1e-4, atol=2e-4, err_msg=name
+        )
+        np.testing.assert_allclose(state[name].abs().mean(), expected[f'mean_abs/{name}'], rtol=1e-4)
+
+
+def test_aam_softmax(golden):
+    expected = np.load(golden / 'aam.npz')
+    classifier = AAMsoftmax(204, m=float(expected['m']), s=int(expected['s']))
+    classifier.weight.data = torch.from_numpy(expected['weight'])
+    x = torch.from_numpy(expected['x']).requires_grad_()
+    loss, accuracy = classifier(x, torch.from_numpy(expected['label']))
+    loss.backward()
+    np.testing.assert_allclose(loss.item(), expected['loss'], rtol=1e-6)
+    assert accuracy.item() == expected['accuracy_percent']
+    np.testing.assert_allclose(x.grad, expected['grad_x'], atol=1e-6)
+    np.testing.assert_allclose(classifier.weight.grad, expected['grad_weight'], atol=1e-6)
+
+
+def test_reverberation(golden, tmp_path):
+    expected = np.load(golden / 'augment.npz')
+    dataset = object.__new__(dataLoader.train_loader)
+    dataset.rirs = [write_wav(tmp_path / 'rir.wav', expected['rir'])]
+    reverberant = dataset.add_rev(expected['clean'][None])
+    assert reverberant.shape == (1, 32240)
+    np.testing.assert_allclose(reverberant[0], expected['reverberant'], atol=1e-6)
+
+
+def test_noise_at_a_signal_to_noise_ratio(golden, tmp_path, monkeypatch):
+    expected = np.load(golden / 'augment.npz')
+    snr = float(expected['snr_db'])
+    monkeypatch.setitem(dataLoader.NOISE_SNR, 'noise', (snr, snr))
+    dataset = object.__new__(dataLoader.train_loader)
+    dataset.noises = {'noise': [write_wav(tmp_path / 'noise.wav', expected['noise'])]}
+    np.testing.assert_allclose(dataset.add_noise(expected['clean'], 'noise'), expected['noisy'], atol=1e-6)
+
+
+@pytest.mark.parametrize('case', range(5))
+def test_measures(golden, case):
+    expected = np.load(golden / 'metrics.npz')
+    scores, labels = expected[f'scores{case}'], expected[f'labels{case}']
+    tuned, eer, fpr, fnr = tuneThresholdfromScore(scores, labels, [1, 0.1])
+    assert eer == expected[f'eer_percent{case}']
+    assert len(fpr) == len(fnr)
+    np.testing.assert_allclose(tuned, expected[f'tuned_threshold_fa1_fa0.1_{case}'], rtol=1e-6)
+    rates = ComputeErrorRates(scores, labels)
+    for p_target in (0.05, 0.01):
+        assert ComputeMinDcf(*rates, p_target, 1, 1)[0] == expected[f'min_dcf_p{p_target}_{case}']
+    figures = [expected[f'{name}_{case}'] for name in ('min_dcf_p0.05', 'min_dcf_p0.01')]
+    assert verification_figures(scores, labels) == (eer, *figures)
+
+
+def test_learning_rates(golden):
+    curves = json.loads((golden / 'learning_rates.json').read_text())
+    assert len(curves) == 2
+    for options, expected in curves.items():
+        lr, decay, step = (float(option.split('=')[1]) for option in options.split())
+        system = ECAPAModel(lr=lr, lr_decay=decay, C=8, n_class=2, m=0.2, s=30, test_step=int(step), device='cpu')
+        found = [system.set_learning_rate(epoch) for epoch in range(1, 81)]
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+        assert system.set_learning_rate(17) == found[16], 'the rate must not depend on the epochs run before'
+
+
+@pytest.mark.slow
+def test_real_evaluation(golden, minivox, trained):
+    expected = np.load(golden / 'evaluation.npz')
+    scores, labels = trained.score_trials(minivox / 'trials.txt', minivox / 'eval')
+    assert np.array_equal(labels, expected['labels'])
+    np.testing.assert_allclose(scores, expected['scores'], atol=1e-4)
+    eer, min_dcf, _ = verification_figures(scores, labels)
+    assert f'{eer:.2f} {min_dcf:.4f}' == f'{expected["eer_percent"]:.2f} {expected["min_dcf_p005"]:.4f}'
+    given = verification_figures(expected['scores'], expected['labels'])[:2]
+    np.testing.assert_allclose(given, [expected['eer_percent'], expected['min_dcf_p005']], atol=1e-6)
+
+
+def test_published_checkpoint_format(golden, tmp_path):
+    expected = json.loads((golden / 'published_checkpoint_keys.json').read_text())
+    system = make_system(1024, 5994)
+    assert sum(p.numel() for p in system.parameters()) > 15e6
+    system.save_parameters(tmp_path / 'model.model')
+    state = read_checkpoint(tmp_path / 'model.model')
+    assert list(state) == list(expected)
+    assert {name: list(tensor.shape) for name, tensor in state.items()} == expected
+    assert checkpoint_sizes(state) == (1024, 5994)
