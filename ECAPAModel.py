@@ -6,15 +6,27 @@ import sys
 import time
 import warnings
 
-import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataLoader import read_eval_utterance, read_trials
+from dataLoader import EvalUtterances, eval_crops, read_trials
 from loss import AAMsoftmax
 from model import ECAPA_TDNN
-from tools import BadInput, verification_figures, write_whole
+from tools import (
+    BadInput,
+    available_cpus,
+    process_count,
+    process_rank,
+    score_pairs,
+    sum_over_processes,
+    verification_figures,
+    write_whole,
+)
+
+BATCH_FRAMES = 16384  # frames in a batch of evaluation: about 1.5 GB of activations with 1,024 channels
+WINDOW_FRAMES = 8 * BATCH_FRAMES  # frames read before they are sorted by length into batches
 
 
 def choose_device(name='auto'):
@@ -36,16 +48,45 @@ class ECAPAModel(nn.Module):
     """Speaker encoder and AAM-softmax classifier, with the optimiser that trains them.
 
     lr: learning rate of Adam, multiplied by lr_decay every test_step epochs; C: channels of the encoder; n_class:
-    speakers; m, s: margin and scale of AAM-softmax; device: as in choose_device.
+    speakers; m, s: margin and scale of AAM-softmax; device: as in choose_device; precision: 'fp32', 'bf16' (the
+    encoder's convolutions; features, pooling statistics and loss stay float32) or 'auto', bf16 on a GPU that has it;
+    compile: whether to compile the encoder's body for training; n_cpu: processes that read files in evaluation.
+
+    Where processes train together (torch.distributed is initialised), gradients are averaged over them, and batch norms
+    use the statistics of all of them on GPUs.
     """
 
-    def __init__(self, lr, lr_decay, C, n_class, m, s, test_step, device='auto', **kwargs):
+    def __init__(
+        self,
+        lr,
+        lr_decay,
+        C,
+        n_class,
+        m,
+        s,
+        test_step,
+        device='auto',
+        precision='auto',
+        compile=False,
+        n_cpu=0,
+        **kwargs,
+    ):
         super().__init__()
         self.device = choose_device(device)
+        self.n_cpu = n_cpu
+        self.warned = False
+        if precision == 'auto':
+            precision = 'bf16' if self.device.type == 'cuda' and torch.cuda.is_bf16_supported() else 'fp32'
+        self.precision = precision
         self.speaker_encoder = ECAPA_TDNN(C=C).to(self.device)
         self.speaker_loss = AAMsoftmax(n_class=n_class, m=m, s=s).to(self.device)
-        self.optim = torch.optim.Adam(self.parameters(), lr=lr, weight_decay=2e-5)
+        if process_count() > 1 and self.device.type == 'cuda':
+            self.speaker_encoder = nn.SyncBatchNorm.convert_sync_batchnorm(self.speaker_encoder)
+        self.encode = torch.compile(self.speaker_encoder.encode) if compile else self.speaker_encoder.encode
+        self.optim = torch.optim.Adam(self.parameters(), lr=lr, weight_decay=2e-5, fused=True)
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optim, step_size=test_step, gamma=lr_decay)
+        # In a tuple, so that the wrapper does not become a part of what it wraps.
+        self.replicas = (nn.parallel.DistributedDataParallel(self) if process_count() > 1 else self,)
 
     def set_learning_rate(self, epoch):
         """Sets and returns the learning rate of an epoch, counted from 1: a function of the epoch alone."""
@@ -55,69 +96,119 @@ class ECAPAModel(nn.Module):
             self.scheduler.step(epoch - 1)
         return self.optim.param_groups[0]['lr']
 
-    def train_network(self, epoch, loader):
-        """One epoch over a loader of (waveforms (B, samples), labels (B,)).
-
-        Returns (mean loss, learning rate, mean accuracy in percent). The progress bar shows, besides these, utterances
-        a second and the share of the time spent waiting for data.
-        """
-        self.train()
-        lr = self.set_learning_rate(epoch)
-        totals = torch.zeros(2, device=self.device)
-        steps, waited, begin = 0, 0.0, time.perf_counter()
-        with tqdm(desc=f'epoch {epoch}', total=len(loader), unit='step', disable=None) as bar:
-            asked = begin
-            for steps, (audio, labels) in enumerate(loader, 1):
-                waited += time.perf_counter() - asked
-                totals += self.train_step(audio.to(self.device), labels.to(self.device))
-                bar.update()
-                if not bar.disable:
-                    loss, accuracy = (totals / steps).tolist()
-                    elapsed = time.perf_counter() - begin
-                    bar.set_postfix_str(
-                        f'loss {loss:.3f}, acc {accuracy:.2f}%, lr {lr:.6f}, '
-                        f'{steps * len(labels) / elapsed:.0f} utt/s, {100 * waited / elapsed:.0f}% waiting for data'
-                    )
-                asked = time.perf_counter()
-        if steps == 0:
-            raise BadInput('an epoch has no full batch: the training list is shorter than --batch_size')
-        loss, accuracy = (totals / steps).tolist()
-        return loss, lr, accuracy
+    def forward(self, audio, labels):
+        """Loss and accuracy in percent of waveforms (B, samples), masked at random, with labels (B,)."""
+        features = self.speaker_encoder.features(audio, aug=True)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == 'bf16'):
+            embedding = self.encode(features)
+        return self.speaker_loss(embedding, labels)
 
     def train_step(self, audio, labels):
         """One optimiser step on waveforms (B, samples) and labels (B,). Returns [loss, accuracy in percent] (2,)."""
         self.optim.zero_grad()
-        loss, accuracy = self.speaker_loss(self.speaker_encoder(audio, aug=True), labels)
+        loss, accuracy = self.replicas[0](audio, labels)
         loss.backward()
         self.optim.step()
         return torch.stack([loss.detach(), accuracy[0]])
+
+    def train_network(self, epoch, loader):
+        """One epoch over a loader of (waveforms (B, samples), labels (B,)).
+
+        Returns (mean loss, learning rate, mean accuracy in percent) of all processes. The progress bar shows, besides
+        these, utterances a second and the share of the time spent waiting for data.
+        """
+        self.train()
+        lr = self.set_learning_rate(epoch)
+        totals = torch.zeros(2, device=self.device)
+        steps, waited, shown, begin = 0, 0.0, 0.0, time.perf_counter()
+        with tqdm(desc=f'epoch {epoch}', total=len(loader), unit='step', disable=self.quiet()) as bar:
+            asked = begin
+            for steps, (audio, labels) in enumerate(loader, 1):
+                audio, labels = (tensor.to(self.device, non_blocking=True) for tensor in (audio, labels))
+                now = time.perf_counter()
+                # The first batch takes as long as the workers take to start.
+                waited += now - asked if steps > 1 else 0
+                totals += self.train_step(audio, labels)
+                bar.update()
+                # Reading the loss makes the host wait for the GPU, so not in every step.
+                if not bar.disable and now - shown > 1:
+                    shown, elapsed = now, now - begin
+                    loss, accuracy = (totals / steps).tolist()
+                    bar.set_postfix_str(
+                        f'loss {loss:.3f}, acc {accuracy:.2f}%, lr {lr:.6f}, '
+                        f'{steps * len(labels) * process_count() / elapsed:.0f} utt/s, '
+                        f'{100 * waited / elapsed:.0f}% waiting for data'
+                    )
+                asked = time.perf_counter()
+        if steps == 0:
+            raise BadInput('an epoch has no full batch: the training list is shorter than --batch_size')
+        self.warn_of_waiting(waited / (time.perf_counter() - begin), steps)
+        loss, accuracy = (sum_over_processes(totals) / (steps * process_count())).tolist()
+        return loss, lr, accuracy
+
+    def warn_of_waiting(self, share, steps):
+        """Says once that the loader is the bottleneck, where it is; share: of the time spent waiting for data."""
+        if share > 0.3 and steps > 20 and not self.warned and process_rank() == 0:
+            self.warned = True
+            print(
+                f'Training waited for data {100 * share:.0f}% of the time: the loader is the bottleneck. Try another '
+                f'--n_cpu (now {self.n_cpu}; this machine has {available_cpus()} processors), or a faster disk.',
+                file=sys.stderr,
+            )
 
     def eval_network(self, eval_list, eval_path):
         """EER in percent and minDCF (p_target 0.05) of a trial list whose files lie below eval_path."""
         return verification_figures(*self.score_trials(eval_list, eval_path))[:2]
 
     def score_trials(self, eval_list, eval_path):
-        """Scores of a trial list: (scores float32 (N,), labels int8 (N,)), in the list's order.
-
-        A score is half the cosine of the whole utterances plus half the mean cosine of the 25 pairs of their crops.
-        """
+        """Scores of a trial list: (scores float32 (N,), labels int8 (N,)), in the list's order."""
         files, labels, pairs = read_trials(eval_list)
         embeddings = self.embed_files([os.path.join(eval_path, file) for file in files])
-        sides = embeddings[pairs]
-        return 0.5 * np.einsum('nkd,nkd->n', sides[:, 0], sides[:, 1]), labels
+        return score_pairs(embeddings, pairs), labels
 
     @torch.inference_mode()
     def embed_files(self, paths):
         """Each file as two vectors, float32 (N, 2, 192): its whole utterance's unit embedding, and the mean of the unit
         embeddings of its five crops, so that the dot product of two means is the mean over 25 pairs of crops.
+
+        Where processes train together each reads its part of the files, and all return the same.
         """
         self.eval()
-        embeddings = np.empty((len(paths), 2, 192), np.float32)
-        for row, path in zip(embeddings, tqdm(paths, desc='evaluating', unit='file', disable=None, leave=False)):
-            for side, audio in enumerate(read_eval_utterance(path)):
-                embedding = self.speaker_encoder(audio.to(self.device), aug=False)
-                row[side] = nn.functional.normalize(embedding).mean(dim=0).cpu()
-        return embeddings
+        mine = range(process_rank(), len(paths), process_count())
+        files = DataLoader(EvalUtterances([paths[i] for i in mine]), batch_size=None, num_workers=self.n_cpu)
+        embeddings = torch.zeros(len(paths), 2, 192, device=self.device)
+        whole, crops, waiting = [], [], 0
+        for index, audio in zip(mine, tqdm(files, 'evaluating', unit='file', disable=self.quiet(), leave=False)):
+            audio = audio.to(self.device)
+            whole.append((index, self.speaker_encoder.features(audio[None])))
+            crops.append((index, self.speaker_encoder.features(eval_crops(audio))))
+            waiting += whole[-1][1].shape[2]
+            if waiting > WINDOW_FRAMES:
+                self.embed_batches(whole, crops, embeddings)
+                whole, crops, waiting = [], [], 0
+        self.embed_batches(whole, crops, embeddings)
+        return sum_over_processes(embeddings).cpu().numpy()
+
+    def embed_batches(self, whole, crops, embeddings):
+        """Fills in embeddings (N, 2, 192) from lists of (index, features (utterances, 80, frames)) of as many files.
+
+        Whole utterances of about the same length share a batch.
+        """
+        for side, items in enumerate((sorted(whole, key=lambda item: item[1].shape[2], reverse=True), crops)):
+            while items:
+                count, _, longest = items[0][1].shape
+                size = max(1, BATCH_FRAMES // (count * longest))
+                batch, items = items[:size], items[size:]
+                frames = [x.shape[2] for _, x in batch]
+                padded = torch.cat([nn.functional.pad(x, (0, longest - x.shape[2])) for _, x in batch])
+                lengths = None if min(frames) == longest else torch.tensor(frames, device=self.device)
+                embedding = nn.functional.normalize(self.speaker_encoder.encode(padded, lengths))
+                embeddings[[index for index, _ in batch], side] = embedding.view(len(batch), count, -1).mean(dim=1)
+
+    @staticmethod
+    def quiet():
+        """tqdm's `disable`: no progress bar but that of the first process, and none where output is no terminal."""
+        return True if process_rank() else None
 
     def save_parameters(self, path):
         """Writes the flat state dict of the published format: speaker_encoder.* and speaker_loss.weight."""

@@ -3,20 +3,25 @@
 All audio is 16 kHz and mono, as float32 in [-1, 1].
 """
 
+import contextlib
+import functools
 import os
+import warnings
 from array import array
 
 import numpy as np
 import soundfile
 import torch
+from scipy.io import wavfile
 from scipy.signal import fftconvolve
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from tools import BadInput
+from tools import BadInput, process_count, process_rank
 
 RATE = 16000
 EVAL_CROP = 300 * 160 + 240
+PIECE, PIECE_STEP = 5 * RATE, 3 * RATE  # a noise recording counts as its pieces of 5 s, one every 3 s
 NOISE_SNR = {'noise': (0, 15), 'speech': (13, 20), 'music': (5, 15)}  # dB, each clip against the utterance
 NOISE_CLIPS = {'noise': (1, 1), 'speech': (3, 8), 'music': (1, 1)}  # fewest and most clips mixed in
 
@@ -35,19 +40,16 @@ class train_loader(Dataset):
         self.train_path = train_path
         self.length = num_frames * 160 + 240
         self.seed = seed
-        self.speakers, self.labels, self.names, self.ends = read_train_list(train_list)
-        self.noises = {
-            category: find_audio(os.path.join(musan_path, category), '--musan_path') for category in NOISE_SNR
-        }
-        self.rirs = find_audio(rir_path, '--rir_path')
+        self.speakers, self.labels, self.names = read_train_list(train_list)
+        self.noises = {category: NoiseFiles(os.path.join(musan_path, category)) for category in NOISE_SNR}
+        self.rirs = Strings(find_audio(rir_path, '--rir_path'))
 
     def __len__(self):
         return len(self.labels)
 
     def path(self, index):
         """Path of an utterance's file."""
-        name = self.names[self.ends[index] : self.ends[index + 1]]
-        return os.path.join(self.train_path, os.fsdecode(name))
+        return os.path.join(self.train_path, self.names[index])
 
     def __getitem__(self, index):
         if isinstance(index, tuple):
@@ -75,20 +77,82 @@ class train_loader(Dataset):
     def add_noise(self, audio, noisecat, rng=None):
         """audio (..., samples) plus clips of 'noise', 'speech' or 'music', each at its own SNR."""
         rng = rng or np.random.default_rng()
-        files = self.noises[noisecat]
+        level = decibels(audio)
+        mixed = np.array(audio, np.float32)
         count = rng.integers(*NOISE_CLIPS[noisecat], endpoint=True)
-        mixed = audio
-        for choice in rng.choice(len(files), count, replace=count > len(files)):
-            noise = read_crop(files[choice], audio.shape[-1], rng)
-            mixed = mixed + noise * gain(audio, noise, rng.uniform(*NOISE_SNR[noisecat]))
+        for noise in self.noises[noisecat].draw(rng, audio.shape[-1], count):
+            snr = rng.uniform(*NOISE_SNR[noisecat])
+            noise *= np.float32(10 ** ((level - decibels(noise) - snr) / 20))
+            mixed += noise
         return mixed
 
 
-class EpochSampler(Sampler):
-    """Every utterance once an epoch, as (epoch, index), in an order that depends on seed and epoch alone."""
+class Strings:
+    """Many strings in two objects: a list of them would be copied to every forked worker, page by page, as reading a
+    string changes its reference count.
+    """
 
-    def __init__(self, size, seed):
+    def __init__(self, strings=()):
+        self.bytes = bytearray()
+        self.ends = array('q', [0])
+        self.extend([os.fsencode(string) for string in strings])
+
+    def extend(self, strings):
+        """Appends a list of strings given as bytes."""
+        lengths = np.fromiter(map(len, strings), np.int64, len(strings))
+        self.ends.frombytes((self.ends[-1] + np.cumsum(lengths)).tobytes())
+        self.bytes += b''.join(strings)
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, index):
+        if index >= len(self):
+            raise IndexError(index)
+        return os.fsdecode(bytes(self.bytes[self.ends[index] : self.ends[index + 1]]))
+
+
+class NoiseFiles:
+    """The recordings below a folder of MUSAN, drawn as their pieces of 5 s are: long recordings more often.
+
+    So plain MUSAN and MUSAN cut in pieces give the same clips. `pieces` are cumulative numbers of pieces, int64.
+    """
+
+    def __init__(self, folder):
+        paths = find_audio(folder, '--musan_path')
+        self.paths = Strings(paths)
+        self.pieces = np.cumsum([self.count_pieces(path) for path in tqdm(paths, folder, disable=None, leave=False)])
+
+    @staticmethod
+    def count_pieces(path):
+        """Pieces of 5 s in a file, one at least."""
+        # A 16-bit wav of this size is one piece: MUSAN cut in pieces has 150,000 files, too many to open.
+        if path.lower().endswith('.wav') and os.path.getsize(path) <= 2 * PIECE + 1000:
+            return 1
+        with open_audio(path) as file:
+            return 1 + max(0, file.frames - PIECE) // PIECE_STEP
+
+    def __len__(self):
+        return len(self.paths)
+
+    def draw(self, rng, length, count):
+        """Yields `count` clips, float32 (length,), of different pieces where there are as many."""
+        total = int(self.pieces[-1])
+        for piece in rng.choice(total, count, replace=count > total):
+            index = np.searchsorted(self.pieces, piece, side='right')
+            piece -= self.pieces[index - 1] if index else 0
+            yield read_crop(self.paths[index], length, rng, piece * PIECE_STEP, PIECE, mapped=True)
+
+
+class EpochSampler(Sampler):
+    """Full batches of an epoch, lists of (epoch, index), in an order that depends on seed and epoch alone.
+
+    Each of several processes gets its part of every batch. What is left over at the end of an epoch is left out.
+    """
+
+    def __init__(self, size, batch_size, seed):
         self.size = size
+        self.batch_size = batch_size
         self.seed = seed
         self.epoch = 1
 
@@ -97,18 +161,23 @@ class EpochSampler(Sampler):
         self.epoch = epoch
 
     def __len__(self):
-        return self.size
+        return self.size // self.batch_size
 
     def __iter__(self):
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
-        return ((self.epoch, index) for index in order.tolist())
+        for step in range(len(self)):
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            yield [(self.epoch, index) for index in np.split(batch, process_count())[process_rank()].tolist()]
 
 
-def make_batches(dataset, batch_size, n_cpu):
-    """DataLoader over `dataset` in full batches; loader.sampler.set_epoch(epoch) before each epoch.
+def make_batches(dataset, batch_size, n_cpu, **kwargs):
+    """DataLoader of this process's part of full batches; loader.batch_sampler.set_epoch(epoch) before each epoch.
 
-    Raises BadInput where the list has fewer utterances than a batch.
+    batch_size: of all processes together. Raises BadInput where the list has fewer utterances than a batch, or a batch
+    cannot be divided.
     """
+    if batch_size % process_count():
+        raise BadInput(f'--batch_size {batch_size} cannot be divided by the {process_count()} processes')
     if len(dataset) < batch_size:
         raise BadInput(
             f'the training list has {len(dataset)} utterances, fewer than one batch: '
@@ -116,13 +185,14 @@ def make_batches(dataset, batch_size, n_cpu):
         )
     return DataLoader(
         dataset,
-        batch_size=batch_size,
-        sampler=EpochSampler(len(dataset), dataset.seed),
+        batch_sampler=EpochSampler(len(dataset), batch_size, dataset.seed),
         num_workers=n_cpu,
         persistent_workers=n_cpu > 0,
-        drop_last=True,
+        prefetch_factor=4 if n_cpu else None,
+        pin_memory=torch.cuda.is_available(),
         # Its own, so that starting workers does not move the generator that training draws from.
         generator=torch.Generator(),
+        **kwargs,
     )
 
 
@@ -133,10 +203,9 @@ def reverberate(audio, rir):
     return fftconvolve(audio, rir, axes=-1)[..., : audio.shape[-1]].astype(np.float32)
 
 
-def gain(audio, noise, snr):
-    """Factor that puts `noise` snr dB below `audio`; the 1e-4 keeps silence from being amplified without bound."""
-    level, noise_level = (10 * np.log10(np.mean(x**2) + 1e-4) for x in (audio, noise))
-    return np.float32(np.sqrt(10 ** ((level - noise_level - snr) / 10)))
+def decibels(audio):
+    """Level of audio; the 1e-4 keeps silence from being amplified without bound."""
+    return 10 * np.log10(np.vdot(audio, audio) / audio.size + 1e-4)
 
 
 def open_audio(path):
@@ -162,12 +231,36 @@ def read_audio(path):
         return read_samples(file)
 
 
-def read_crop(path, length, rng):
-    """`length` samples from a position drawn uniformly; a shorter file is wrapped round. float32 (length,)."""
-    with open_audio(path) as file:
-        spare = file.frames - length
-        start = rng.integers(spare, endpoint=True) if spare > 0 else 0
-        return np.resize(read_samples(file, start, length), length)
+def read_crop(path, length, rng, first=0, span=None, mapped=False):
+    """`length` samples from a position drawn uniformly, float32 (length,); what is too short is wrapped round.
+
+    first, span: the part of the file, in samples, that the crop is drawn from if it fits there. mapped: map wav files
+    into memory and keep them there.
+    """
+    samples = map_wav(path) if mapped else None
+    with open_audio(path) if samples is None else contextlib.nullcontext() as file:
+        frames = file.frames if samples is None else len(samples)
+        spare = min(frames - first, span or frames) - length
+        start = first + (rng.integers(spare, endpoint=True) if spare > 0 else 0)
+        if samples is None:
+            return np.resize(read_samples(file, start, length), length)
+    crop = samples[start : start + length].astype(np.float32)
+    if samples.dtype == np.int16:
+        crop *= np.float32(1 / 32768)
+    return np.resize(crop, length)
+
+
+@functools.lru_cache(maxsize=4096)
+def map_wav(path):
+    """Samples of a 16-bit or float wav (samples,), mapped into memory; None for any other file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', wavfile.WavFileWarning)
+            rate, samples = wavfile.read(path, mmap=True)
+    except (OSError, ValueError):
+        return None
+    fits = rate == RATE and samples.ndim == 1 and len(samples) and samples.dtype in (np.int16, np.float32)
+    return samples if fits else None
 
 
 def read_samples(file, start=0, count=-1):
@@ -182,58 +275,87 @@ def read_samples(file, start=0, count=-1):
     return audio
 
 
-def read_eval_utterance(path):
-    """(whole utterance (1, samples), five crops of 3 s with evenly spaced starts (5, 48240)) as tensors."""
-    audio = read_audio(path)
-    wrapped = np.resize(audio, max(len(audio), EVAL_CROP))
-    starts = np.linspace(0, len(wrapped) - EVAL_CROP, num=5).astype(int)
-    crops = np.stack([wrapped[start : start + EVAL_CROP] for start in starts])
-    return torch.from_numpy(audio)[None], torch.from_numpy(crops)
+class EvalUtterances(Dataset):
+    """Whole files, as tensors (samples,)."""
+
+    def __init__(self, paths):
+        self.paths = Strings(paths)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        return torch.from_numpy(read_audio(self.paths[index]))
+
+
+def eval_crops(audio):
+    """Five crops of 3 s with evenly spaced starts, (5, 48240), of (samples,); what is shorter is wrapped round."""
+    if len(audio) < EVAL_CROP:
+        audio = audio.repeat(-(-EVAL_CROP // len(audio)))[:EVAL_CROP]
+    starts = np.linspace(0, len(audio) - EVAL_CROP, num=5).astype(int)
+    return torch.stack([audio[start : start + EVAL_CROP] for start in starts])
 
 
 def read_fields(path, count, role):
-    """Yields (line number, fields) of a text list; BadInput where a line has not `count` fields."""
+    """Yields (line numbers int64 (n,), fields, n * count bytes objects) of a text list, part by part.
+
+    Blank lines are passed over. Raises BadInput that shows the first 20 lines with more or fewer fields.
+    """
     require(os.path.isfile, path, role)
-    if os.path.getsize(path) == 0:
-        raise BadInput(f'{role}: {path}: the file is empty')
-    with open(path, 'rb') as lines:
-        for number, line in enumerate(lines, 1):
-            fields = line.split()
-            if len(fields) != count:
-                line = line.decode(errors='replace').strip()
-                raise BadInput(f'{path}, line {number}: {count} fields expected, {len(fields)} found: {line[:100]!r}')
-            yield number, fields
+    space, done = np.isin(np.arange(256), list(b' \t\n\r\v\f')), 0
+    with open(path, 'rb') as file:
+        while lines := file.readlines(1 << 22):
+            part = b''.join(lines)
+            blank = space[np.frombuffer(part, np.uint8)]
+            begins = ~blank & np.concatenate([[True], blank[:-1]])
+            starts = np.cumsum([0, *map(len, lines[:-1])])
+            found = np.add.reduceat(begins, starts, dtype=np.int64)
+            bad = np.flatnonzero((found != count) & (found != 0))
+            if len(bad):
+                shown = (f'line {done + i + 1}, {found[i]}: {lines[i].decode(errors="replace").strip()[:80]!r}'
+                         for i in bad[:20])  # fmt: skip
+                raise BadInput('\n'.join([f'{role}: {path}: {count} fields a line are expected, but', *shown]))
+            yield done + 1 + np.flatnonzero(found), part.split()
+            done += len(lines)
+
+
+def number_names(index, names):
+    """Numbers (n,) of names in the dictionary `index`, to which new names are added."""
+    for name in dict.fromkeys(names):
+        index.setdefault(name, len(index))
+    return np.fromiter(map(index.__getitem__, names), np.int32, len(names))
 
 
 def read_train_list(path):
-    """Reads lines `speaker path`: (sorted speakers, labels int32 (N,), names, ends int64 (N + 1,)).
-
-    Utterance i is of speakers[labels[i]], its path names[ends[i] : ends[i + 1]]: a million utterances stay three
-    objects, which forked workers share.
-    """
-    index, labels, names, ends = {}, array('i'), bytearray(), array('q', [0])
-    for _, (speaker, name) in read_fields(path, 2, '--train_list'):
-        labels.append(index.setdefault(speaker, len(index)))
-        names += name
-        ends.append(len(names))
+    """Reads lines `speaker path`: (sorted speakers, labels int32 (N,), paths Strings)."""
+    index, labels, names = {}, [np.empty(0, np.int32)], Strings()
+    for _, fields in read_fields(path, 2, '--train_list'):
+        labels.append(number_names(index, fields[::2]))
+        names.extend(fields[1::2])
+    if not index:
+        raise BadInput(f'--train_list: {path}: the file is empty')
     speakers = sorted(index)
     rank = np.empty(len(index), np.int32)
     rank[[index[speaker] for speaker in speakers]] = np.arange(len(index))
-    return [os.fsdecode(s) for s in speakers], rank[np.array(labels, int)], bytes(names), np.array(ends, np.int64)
+    return [os.fsdecode(speaker) for speaker in speakers], rank[np.concatenate(labels)], names
 
 
 def read_trials(path):
     """Reads lines `label enrolment test`: (files, labels int8 (N,), pairs int32 (N, 2) of indices into files)."""
-    index, labels, pairs = {}, array('b'), array('i')
-    for number, (label, *names) in read_fields(path, 3, '--eval_list'):
-        if label not in (b'0', b'1'):
-            raise BadInput(f'{path}, line {number}: the first field must be 1 (same speaker) or 0, not {label!r}')
-        labels.append(int(label))
-        pairs.extend(index.setdefault(name, len(index)) for name in names)
-    labels = np.array(labels, np.int8)
-    if len(set(labels.tolist())) < 2:
-        raise BadInput(f'{path}: needs trials of both kinds, 1 and 0, for an error rate')
-    return [os.fsdecode(name) for name in index], labels, np.array(pairs, np.int32).reshape(-1, 2)
+    index, labels, pairs = {}, [], []
+    for numbers, fields in read_fields(path, 3, '--eval_list'):
+        for number, label in zip(numbers, fields[::3]):
+            if label not in (b'0', b'1'):
+                label = os.fsdecode(label)
+                raise BadInput(f'--eval_list: {path}, line {number}: a label is 1 (same speaker) or 0, not {label!r}')
+        labels.append(np.array(fields[::3]) == b'1')
+        pairs.append(np.stack([number_names(index, fields[side::3]) for side in (1, 2)], axis=1))
+    if not index:
+        raise BadInput(f'--eval_list: {path}: the file is empty')
+    labels = np.concatenate(labels).astype(np.int8)
+    if labels.min() == labels.max():
+        raise BadInput(f'--eval_list: {path}: needs trials of both kinds, 1 and 0, for an error rate')
+    return [os.fsdecode(name) for name in index], labels, np.concatenate(pairs)
 
 
 def find_audio(folder, role):

@@ -10,21 +10,26 @@ import torchaudio
 from torch import nn
 
 
+def mean_over_time(x, mask=None):
+    """Means (B, channels) of x (B, channels, T), over the frames where mask (B, 1, T) is 1 if there is one."""
+    return x.mean(dim=2) if mask is None else (x * mask).sum(dim=2) / mask.sum(dim=2)
+
+
 class SEModule(nn.Module):
     """Squeeze-excitation: scales each channel of (B, channels, T) by a gate computed from all channels' means."""
 
     def __init__(self, channels, bottleneck=128):
         super().__init__()
         self.se = nn.Sequential(
-            nn.AdaptiveAvgPool1d(1),
+            nn.Identity(),  # the published code's pooling, here mean_over_time; it keeps the indices of the names
             nn.Conv1d(channels, bottleneck, kernel_size=1),
             nn.ReLU(),
             nn.Conv1d(bottleneck, channels, kernel_size=1),
             nn.Sigmoid(),
         )
 
-    def forward(self, input):
-        return input * self.se(input)
+    def forward(self, input, mask=None):
+        return input * self.se(mean_over_time(input, mask).unsqueeze(2))
 
 
 class Bottle2neck(nn.Module):
@@ -50,14 +55,16 @@ class Bottle2neck(nn.Module):
         self.se = SEModule(planes)
         self.width = width
 
-    def forward(self, x):
+    def forward(self, x, mask=None):
         groups = self.bn1(self.relu(self.conv1(x))).split(self.width, dim=1)
         outputs = []
         for group, conv, bn in zip(groups, self.convs, self.bns):
             chained = group + outputs[-1] if outputs else group
+            if mask is not None:
+                chained = chained * mask
             outputs.append(bn(self.relu(conv(chained))))
         out = self.bn3(self.relu(self.conv3(torch.cat([*outputs, groups[-1]], dim=1))))
-        return self.se(out) + x
+        return self.se(out, mask) + x
 
 
 class PreEmphasis(nn.Module):
@@ -143,38 +150,57 @@ class ECAPA_TDNN(nn.Module):
 
         Returns (B, 192) embeddings, not normalised. No gradient flows to x.
         """
-        with torch.no_grad():
-            x = self.log_mel(x)
-            if aug:
-                x = self.specaug(x)
-        return self.encode(x)
+        return self.encode(self.features(x, aug))
 
-    def log_mel(self, x):
-        """Log-mel spectrogram (B, 80, 1 + samples // 160) of (B, samples), each band's mean over time removed."""
+    @torch.no_grad()
+    def features(self, x, aug=False):
+        """Log-mel spectrogram (B, 80, 1 + samples // 160) of (B, samples), each band's mean over time removed; masked
+        at random if aug.
+        """
         x = (self.torchfbank(x) + 1e-6).log()
-        return x - x.mean(dim=-1, keepdim=True)
+        x = x - x.mean(dim=-1, keepdim=True)
+        return self.specaug(x) if aug else x
 
-    def encode(self, x):
-        """Embeddings (B, 192) of log-mel spectrograms (B, 80, frames)."""
+    def encode(self, x, frames=None):
+        """Embeddings (B, 192) of features (B, 80, T).
+
+        frames: (B,) lengths of utterances that are padded with zeros to T frames. Padding is kept out of every mean and
+        zeroed again before every convolution that looks at neighbours, so each embedding is that of the utterance alone
+        (in evaluation mode).
+        """
+        mask = None
+        if frames is not None:
+            mask = (torch.arange(x.shape[2], device=x.device) < frames.view(-1, 1, 1)).to(x.dtype)
         x = self.bn1(self.relu(self.conv1(x)))
-        x1 = self.layer1(x)
-        x2 = self.layer2(x + x1)
-        x3 = self.layer3(x + x1 + x2)
+        x1 = self.layer1(x, mask)
+        x2 = self.layer2(x + x1, mask)
+        x3 = self.layer3(x + x1 + x2, mask)
         x = self.relu(self.layer4(torch.cat((x1, x2, x3), dim=1)))
-        return self.bn6(self.fc6(self.bn5(self.pool(x))))
+        x = self.pool(x, mask)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.bn6(self.fc6(self.bn5(x)))
 
-    def pool(self, x):
-        """Attentive statistics with global context (paper, section 3.2): (B, 1536, frames) -> (B, 3072)."""
-        mean = x.mean(dim=2)
-        std = x.var(dim=2).clamp(min=1e-4).sqrt()
+    def pool(self, x, mask=None):
+        """Attentive statistics with global context (paper, section 3.2): (B, 1536, T) -> float32 (B, 3072)."""
+        values = x.float()
+        mean = mean_over_time(values, mask)
+        if mask is None:
+            variance = values.var(dim=2)
+        else:
+            count = mask.sum(dim=2)
+            variance = mean_over_time((values - mean.unsqueeze(2)) ** 2, mask) * count / (count - 1)
+        std = variance.clamp(min=1e-4).sqrt()
         # The mean and the deviation are the same in every frame, so their part of the first 1x1 convolution over
         # [x, mean, std] is one vector an utterance.
         first, *rest = self.attention
         over_frames, over_context = first.weight.squeeze(2).split([1536, 3072], dim=1)
         context = F.linear(torch.cat((mean, std), dim=1), over_context, first.bias)
         w = F.conv1d(x, over_frames.unsqueeze(2)) + context.unsqueeze(2)
-        for layer in rest:
+        for layer in rest[:-1]:
             w = layer(w)
-        mu = (x * w).sum(dim=2)
-        sigma = ((x * x * w).sum(dim=2) - mu * mu).clamp(min=1e-4).sqrt()
+        if mask is not None:
+            w = w.masked_fill(mask == 0, -torch.inf)
+        w = rest[-1](w.float())
+        mu = (values * w).sum(dim=2)
+        sigma = ((values * values * w).sum(dim=2) - mu * mu).clamp(min=1e-4).sqrt()
         return torch.cat((mu, sigma), dim=1)

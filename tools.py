@@ -4,6 +4,7 @@ import os
 import re
 
 import numpy as np
+import torch.distributed as dist
 from sklearn.metrics import roc_curve
 
 SCORE_LINE = '%d epoch, LR %f, LOSS %f, ACC %2.2f%%, EER %2.2f%%, bestEER %2.2f%%\n'
@@ -12,6 +13,28 @@ SCORE_PATTERN = re.compile(r'(\d+) epoch, LR (\S+), LOSS (\S+), ACC (\S+)%, EER 
 
 class BadInput(Exception):
     """What the user gave cannot be used: the message says what is wrong, where, and what to do about it."""
+
+
+def process_rank():
+    """Number of this process among those that train together, 0 where it is alone or the one that writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def process_count():
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_processes(tensor):
+    """The tensor summed over the processes that train together."""
+    if process_count() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def available_cpus():
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def init_args(args):
@@ -46,6 +69,19 @@ def read_scores(path):
             if not match:
                 raise BadInput(f'{path}, line {number}: not a line of a score.txt: {line.strip()!r}')
             scores.append((int(match[1]), *map(float, match.groups()[1:])))
+    return scores
+
+
+def score_pairs(embeddings, pairs):
+    """Scores (N,) of pairs (N, 2) of rows of embeddings (files, 2, 192), as ECAPAModel.embed_files makes them.
+
+    A score is half the cosine of the whole utterances plus half the mean cosine of the 25 pairs of their crops.
+    """
+    vectors = embeddings.reshape(len(embeddings), -1)
+    scores = np.empty(len(pairs), vectors.dtype)
+    for start in range(0, len(pairs), 4096):
+        first, second = pairs[start : start + 4096].T
+        scores[start : start + 4096] = 0.5 * np.einsum('nd,nd->n', vectors[first], vectors[second])
     return scores
 
 

@@ -1,6 +1,7 @@
 """The command: trains ECAPA-TDNN on VoxCeleb2 and scores VoxCeleb1, or scores a checkpoint (--eval)."""
 
 import argparse
+import contextlib
 import math
 import os
 import shlex
@@ -9,10 +10,21 @@ import time
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from dataLoader import check_audio, make_batches, read_trials, require, train_loader
 from ECAPAModel import ECAPAModel, checkpoint_sizes, read_checkpoint
-from tools import SCORE_LINE, BadInput, init_args, read_scores, verification_figures, write_whole
+from tools import (
+    SCORE_LINE,
+    BadInput,
+    available_cpus,
+    init_args,
+    process_count,
+    process_rank,
+    read_scores,
+    verification_figures,
+    write_whole,
+)
 
 SUPPRESS = argparse.SUPPRESS
 
@@ -53,12 +65,19 @@ def make_parser():
     add('--num_frames', type=number(int, 1), default=200, help='length of a training crop, in frames of 10 ms')
     add('--max_epoch', type=number(int, 1), default=80, help='last epoch')
     add('--batch_size', type=number(int, 2), default=400, help='utterances in a step')
-    add('--n_cpu', type=number(int, 0), default=4, help='processes that load data')
+    add('--n_cpu', type=number(int, 0), default=default_n_cpu(), help='processes that load data, for each GPU')
     add('--test_step', type=number(int, 1), default=1, help='save, test and lower the rate every so many epochs')
     add('--lr', type=number(float, 0), default=0.001, help='learning rate of Adam')
     add('--lr_decay', type=number(float, 0), default=0.97, help='factor on the learning rate every test_step epochs')
     add('--seed', type=number(int, 0), default=10, help='seed of everything drawn at random')
     add('--device', default='auto', help='auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, ...')
+    add(
+        '--precision',
+        choices=('auto', 'fp32', 'bf16'),
+        default='auto',
+        help='auto: bf16 on a GPU that has it, else fp32',
+    )
+    add('--compile', action='store_true', help='compile the encoder for training: minutes at the start, then faster')
 
     group = parser.add_argument_group('data')
     add = group.add_argument
@@ -81,6 +100,37 @@ def make_parser():
     group = parser.add_argument_group('command')
     group.add_argument('--eval', action='store_true', help='score --initial_model; needs no training data')
     return parser
+
+
+def default_n_cpu():
+    """Loading processes for each training process: its share of the processors, 16 at most."""
+    return max(1, min(16, available_cpus() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+
+
+def join_processes(args):
+    """Joins the processes that torchrun started, each on a GPU of its own where there are GPUs."""
+    if 'TORCHELASTIC_RUN_ID' not in os.environ:
+        return
+    if args.device in ('auto', 'cuda') and torch.cuda.is_available():
+        args.device = f'cuda:{os.environ["LOCAL_RANK"]}'
+        torch.cuda.set_device(args.device)
+    dist.init_process_group('nccl' if args.device.startswith('cuda') else 'gloo')
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """The first process runs the block before the others do, so that what is wrong is said once."""
+    if process_rank():
+        dist.barrier()
+    yield
+    if process_count() > 1 and process_rank() == 0:
+        dist.barrier()
+
+
+def say(text):
+    """Prints a line of the log, in the first process only."""
+    if process_rank() == 0:
+        print(text, flush=True)
 
 
 def build_system(args, n_class):
@@ -118,16 +168,41 @@ def evaluate(args):
     _, n_class = checkpoint_sizes(read_checkpoint(args.initial_model))
     if getattr(args, 'n_class', n_class) != n_class:
         raise BadInput(f'--n_class {args.n_class} contradicts {args.initial_model}, which has {n_class}; leave it out')
-    check_trials(args)
+    with first_process_first():
+        check_trials(args)
     system = build_system(args, n_class)
     system.load_parameters(args.initial_model)
     figures = verification_figures(*system.score_trials(args.eval_list, args.eval_path))
-    print(f'{args.initial_model}: {figures_line(*figures)}')
+    say(f'{args.initial_model}: {figures_line(*figures)}')
     return figures
 
 
 def prepare(args):
     """Checks everything that training needs and prints the plan. Returns (system, loader)."""
+    with first_process_first():
+        dataset, loader, n_class, trials = check(args)
+    system = build_system(args, n_class)
+    encoder, classifier = (
+        sum(p.numel() for p in part.parameters()) for part in (system.speaker_encoder, system.speaker_loss)
+    )
+    clips = ', '.join(f'{len(files)} {category}' for category, files in dataset.noises.items())
+    processes = f'{process_count()} processes on ' if process_count() > 1 else ''
+    say(
+        f'device        {processes}{system.device}, {system.precision}, PyTorch {torch.__version__}, '
+        f'{args.n_cpu} loading processes\n'
+        f'training      {len(dataset.speakers):,} speakers, {len(dataset):,} utterances ({args.train_list})\n'
+        f'augmentation  {clips} files, {len(dataset.rirs):,} RIRs\n'
+        f'evaluation    {trials[0]:,} trials over {trials[1]:,} files ({args.eval_list})\n'
+        f'an epoch      {len(loader):,} steps of {args.batch_size} utterances\n'
+        f'parameters    {encoder:,} in the encoder, {classifier:,} in the classifier of {n_class:,} speakers'
+    )
+    if args.max_epoch % args.test_step:
+        say('note          the last epochs are neither tested nor saved: --max_epoch is no multiple of --test_step')
+    return system, loader
+
+
+def check(args):
+    """Reads the lists and opens a sample of the files. Returns (dataset, loader, n_class, (trials, files))."""
     dataset = train_loader(**vars(args))
     speakers = len(dataset.speakers)
     n_class = getattr(args, 'n_class', speakers)
@@ -138,27 +213,10 @@ def prepare(args):
     # All of VoxCeleb2 would take minutes to open; a wrong folder or rate shows in a sample.
     sample = np.unique(np.linspace(0, len(dataset) - 1, 200).astype(int))
     check_audio([dataset.path(i) for i in sample], '--train_list')
-    check_audio(dataset.rirs[:: len(dataset.rirs) // 100 + 1], '--rir_path')
-    for files in dataset.noises.values():
-        check_audio(files[:: len(files) // 100 + 1], '--musan_path')
-    trials, files = check_trials(args)
-    system = build_system(args, n_class)
-    encoder, classifier = (
-        sum(p.numel() for p in part.parameters()) for part in (system.speaker_encoder, system.speaker_loss)
-    )
-    clips = ', '.join(f'{len(files)} {category}' for category, files in dataset.noises.items())
-    print(
-        f'device        {system.device}, PyTorch {torch.__version__}, {args.n_cpu} loading processes\n'
-        f'training      {speakers:,} speakers, {len(dataset):,} utterances ({args.train_list})\n'
-        f'augmentation  {clips} files, {len(dataset.rirs):,} RIRs\n'
-        f'evaluation    {trials:,} trials over {files:,} files ({args.eval_list})\n'
-        f'an epoch      {len(loader):,} steps of {args.batch_size} utterances\n'
-        f'parameters    {encoder:,} in the encoder, {classifier:,} in the classifier of {n_class:,} speakers',
-        flush=True,
-    )
-    if args.max_epoch % args.test_step:
-        print('note          the last epochs are neither tested nor saved: --max_epoch is no multiple of --test_step')
-    return system, loader
+    noises = [('--musan_path', files.paths) for files in dataset.noises.values()]
+    for role, paths in [('--rir_path', dataset.rirs), *noises]:
+        check_audio([paths[i] for i in range(0, len(paths), len(paths) // 100 + 1)], role)
+    return dataset, loader, n_class, check_trials(args)
 
 
 def start(system, args):
@@ -169,12 +227,12 @@ def start(system, args):
     """
     done = system.resume(args.model_save_path)
     if done:
-        print(f'start         after epoch {done["epoch"]}, from {args.model_save_path}', flush=True)
+        say(f'start         after epoch {done["epoch"]}, from {args.model_save_path}')
     elif args.initial_model:
         unfit = system.load_parameters(args.initial_model)
-        print('\n  left out: '.join([f'start         from {args.initial_model}', *unfit]), flush=True)
+        say('\n  left out: '.join([f'start         from {args.initial_model}', *unfit]))
     else:
-        print('start         afresh', flush=True)
+        say('start         afresh')
     done = done or {'epoch': 0}
     scores = [score for score in read_scores(args.score_save_path) if score[0] <= done['epoch']]
     return done, scores
@@ -185,8 +243,9 @@ def test(system, args, epoch, loss, lr, accuracy, scores):
     figures = verification_figures(*system.score_trials(args.eval_list, args.eval_path))
     best = min([figures[0], *(score[4] for score in scores)])
     scores.append((epoch, lr, loss, accuracy, figures[0], best))
-    write_scores(args.score_save_path, scores)
-    print(f'{clock()} epoch {epoch}, {figures_line(*figures)}, best EER {best:2.2f}%', flush=True)
+    if process_rank() == 0:
+        write_scores(args.score_save_path, scores)
+    say(f'{clock()} epoch {epoch}, {figures_line(*figures)}, best EER {best:2.2f}%')
 
 
 def write_scores(path, scores):
@@ -214,20 +273,22 @@ def train(args):
         test(system, args, scores=scores, **done)
     for epoch in range(done['epoch'] + 1, args.max_epoch + 1):
         # Seeding each epoch by its number makes a resumed epoch draw what an uninterrupted run would have.
-        torch.manual_seed(int(np.random.SeedSequence([args.seed, epoch]).generate_state(1)[0]))
-        loader.sampler.set_epoch(epoch)
+        torch.manual_seed(int(np.random.SeedSequence([args.seed, epoch, process_rank()]).generate_state(1)[0]))
+        loader.batch_sampler.set_epoch(epoch)
         loss, lr, accuracy = system.train_network(epoch, loader)
-        print(f'{clock()} epoch {epoch}, LR {lr:f}, LOSS {loss:f}, ACC {accuracy:2.2f}%', flush=True)
+        say(f'{clock()} epoch {epoch}, LR {lr:f}, LOSS {loss:f}, ACC {accuracy:2.2f}%')
         if epoch % args.test_step == 0:
-            system.save_training(args.model_save_path, epoch, loss, lr, accuracy)
+            if process_rank() == 0:
+                system.save_training(args.model_save_path, epoch, loss, lr, accuracy)
             test(system, args, epoch, loss, lr, accuracy, scores)
-    print(f'{args.max_epoch} epochs are done; results: {args.score_save_path} and {args.model_save_path}')
+    say(f'{args.max_epoch} epochs are done; results: {args.score_save_path} and {args.model_save_path}')
 
 
 def main(argv=None):
     """Runs the command; exit status 2, with a sentence on standard error, for input that cannot be used."""
     args = make_parser().parse_args(argv)
     try:
+        join_processes(args)
         evaluate(args) if args.eval else train(args)
     except BadInput as error:
         # From a worker process the error comes wrapped in the worker's traceback.

@@ -184,7 +184,7 @@ def test_a_recipe_is_read_where_it_stands(tmp_path):
 
 def test_defaults_of_the_published_command():
     args = trainECAPAModel.make_parser().parse_args([])
-    expected = dict(num_frames=200, max_epoch=80, batch_size=400, n_cpu=4, test_step=1, lr=0.001, lr_decay=0.97)
+    expected = dict(num_frames=200, max_epoch=80, batch_size=400, test_step=1, lr=0.001, lr_decay=0.97)
     expected.update(m=0.2, s=30, save_path='exps/exp1', initial_model='', eval=False, seed=10, device='auto')
     expected.update(eval_list='data/VoxCeleb1/veri_test2.txt', rir_path='data/RIRS_NOISES/simulated_rirs')
     assert {name: getattr(args, name) for name in expected} == expected

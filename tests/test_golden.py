@@ -1,4 +1,4 @@
-"""The numbers of the reference: features, embeddings, losses, gradients, optimiser steps, measures, a real evaluation."""
+"""The numbers of the reference: features, embeddings, losses, gradients, Adam steps, measures, a real evaluation."""
 
 import json
 
@@ -26,7 +26,7 @@ def trained(golden):
 
 def test_portable_log_mel(portable):
     waves = torch.from_numpy(np.stack([wave(i, 32240) for i in range(4)]))
-    log_mel = portable_system(64).speaker_encoder.log_mel(waves)
+    log_mel = portable_system(64).speaker_encoder.features(waves)
     assert log_mel.shape == (4, 80, 202)
     np.testing.assert_allclose(log_mel[:, :, ::20], portable['log_mel_mean_normalised'], atol=1e-4)
 
@@ -63,7 +63,7 @@ def test_forward(golden, trained):
     encoder = trained.speaker_encoder
     with torch.no_grad():
         encoder.eval()
-        np.testing.assert_allclose(encoder.log_mel(waves), expected['log_mel'], atol=1e-4)
+        np.testing.assert_allclose(encoder.features(waves), expected['log_mel'], atol=1e-4)
         np.testing.assert_allclose(encoder(waves, aug=False), expected['embedding_eval'], atol=1e-4)
         joined = waves[:2].reshape(1, -1)[:, :50001]
         first = encoder(joined, aug=False)
@@ -121,7 +121,8 @@ def test_noise_at_a_signal_to_noise_ratio(golden, tmp_path, monkeypatch):
     snr = float(expected['snr_db'])
     monkeypatch.setitem(dataLoader.NOISE_SNR, 'noise', (snr, snr))
     dataset = object.__new__(dataLoader.train_loader)
-    dataset.noises = {'noise': [write_wav(tmp_path / 'noise.wav', expected['noise'])]}
+    write_wav(tmp_path / 'noise.wav', expected['noise'])
+    dataset.noises = {'noise': dataLoader.NoiseFiles(tmp_path)}
     np.testing.assert_allclose(dataset.add_noise(expected['clean'], 'noise'), expected['noisy'], atol=1e-6)
 
 

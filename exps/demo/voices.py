@@ -1,0 +1,546 @@
+"""A corpus of synthetic voices in the layouts of VoxCeleb, MUSAN and RIRS_NOISES: training without any data.
+
+Voices are made the way speech is (Fant, Acoustic Theory of Speech Production, 1960): a source, the glottis or the hiss
+of a narrow passage, is filtered by a vocal tract whose resonances, the formants, move from phone to phone. A speaker is
+a glottis and a vocal tract. Each session has a channel, a level and a noise floor of its own, which tell nothing about
+the speaker. All audio is 16 kHz, mono, 16 bit.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import soundfile
+from scipy.fft import irfft, next_fast_len, rfft, rfftfreq
+from scipy.ndimage import convolve1d
+from scipy.signal import lfilter
+from tqdm import tqdm
+
+RATE = 16000
+HOP = 128  # samples from one vocal tract shape to the next, 8 ms
+N_FFT = 1024  # room for a frame of 2 * HOP samples and the ringing of the formants after it
+MARKER = 'corpus.json'
+FOLDERS = ('VoxCeleb2', 'VoxCeleb1', 'musan_split', 'simulated_rirs')
+TRAIN, TEST, SPEECH, MUSIC, NOISE, ROOM = range(6)  # what a random generator is seeded for
+TRIALS_PER_PAIR = 12  # non-target trials of each pair of test speakers
+
+# First three formants in Hz, men's averages: Peterson and Barney, JASA 24, 1952, table II.
+VOWELS = {
+    'iy': (270, 2290, 3010),
+    'ih': (390, 1990, 2550),
+    'eh': (530, 1840, 2480),
+    'ae': (660, 1720, 2410),
+    'aa': (730, 1090, 2440),
+    'ao': (570, 840, 2410),
+    'uh': (440, 1020, 2240),
+    'uw': (300, 870, 2240),
+    'ah': (640, 1190, 2390),
+    'er': (490, 1350, 1690),
+}
+# Formants in Hz, then voicing, breath and hiss (relative amplitudes), centre and bandwidth of the hiss in Hz, and the
+# zero that the nose adds, in Hz. After Klatt, JASA 67, 1980, tables II and III.
+CONSONANTS = {
+    'w': (290, 610, 2150, 0.7, 1, 0, 5000, 4000, 270),
+    'y': (260, 2070, 3020, 0.7, 1, 0, 5000, 4000, 270),
+    'r': (310, 1060, 1380, 0.7, 1, 0, 5000, 4000, 270),
+    'l': (310, 1050, 2880, 0.7, 1, 0, 5000, 4000, 270),
+    'm': (480, 1270, 2130, 0.5, 1, 0, 5000, 4000, 450),
+    'n': (480, 1340, 2470, 0.5, 1, 0, 5000, 4000, 450),
+    'ng': (480, 2000, 2900, 0.5, 1, 0, 5000, 4000, 450),
+    'h': (500, 1500, 2500, 0, 6, 0, 5000, 4000, 270),
+    'f': (340, 1100, 2080, 0, 1, 0.08, 6000, 6000, 270),
+    's': (320, 1390, 2530, 0, 1, 0.35, 5500, 1500, 270),
+    'sh': (300, 1840, 2750, 0, 1, 0.35, 3000, 1000, 270),
+    'v': (220, 1100, 2080, 0.5, 1, 0.05, 6000, 6000, 270),
+    'z': (240, 1390, 2530, 0.5, 1, 0.2, 5500, 1500, 270),
+}
+PAUSE = (500, 1500, 2500, 0, 0, 0, 5000, 4000, 270)
+TARGETS = np.array(
+    [PAUSE, *((*formants, 1, 1, 0, 5000, 4000, 270) for formants in VOWELS.values()), *CONSONANTS.values()]
+)
+FIRST_CONSONANT = 1 + len(VOWELS)
+HIGHER_FORMANTS = (3500, 4500, 5500, 6500, 7500)  # of a neutral tract 17.5 cm long, as F1 to F3 are 500, 1500, 2500 Hz
+BANDWIDTHS = np.array((60, 90, 140, 200, 250, 350, 450, 550))  # of the eight formants, Hz
+
+
+@dataclass
+class Voice:
+    """What makes a speaker: the source first, then the vocal tract, then habits."""
+
+    pitch: float  # mean fundamental frequency, Hz
+    melody: float  # deviation of the pitch from phone to phone, semitones
+    jitter: float  # deviation of a cycle's length, relative
+    shimmer: float  # deviation of a cycle's amplitude, relative
+    open_quotient: float  # part of a cycle in which the glottis is open
+    tilt: float  # Hz above which the source falls off by another 6 dB per octave
+    breath: float  # amplitude of the turbulence at the glottis, relative to the pulses
+    tract: float  # formants relative to the average man's, the inverse of the tract's relative length
+    offsets: np.ndarray  # (8,) each formant relative to what `tract` alone makes it
+    bandwidths: np.ndarray  # (8,) Hz
+    accent: np.ndarray  # (phones, 3) the speaker's own formants of each phone, relative
+    pace: float  # length of a phone, relative
+
+
+def draw_voice(rng):
+    """A Voice: a man's or a woman's pitch and tract, which overlap, and everything else whatever the sex."""
+    woman = rng.random() < 0.5
+    return Voice(
+        pitch=np.exp(rng.uniform(*np.log((145, 280) if woman else (80, 165)))),
+        tract=rng.uniform(1.0, 1.25) if woman else rng.uniform(0.8, 1.08),
+        melody=rng.uniform(0.6, 2.5),
+        jitter=rng.uniform(0.003, 0.02),
+        shimmer=rng.uniform(0.02, 0.12),
+        open_quotient=rng.uniform(0.45, 0.8),
+        tilt=np.exp(rng.uniform(*np.log((1500, 8000)))),
+        breath=np.exp(rng.uniform(*np.log((0.01, 0.15)))),
+        offsets=rng.uniform(0.92, 1.08, 8),
+        bandwidths=BANDWIDTHS * rng.uniform(0.7, 1.5, 8),
+        accent=rng.normal(1, 0.03, (len(TARGETS), 3)),
+        pace=rng.uniform(0.8, 1.25),
+    )
+
+
+def draw_sentence(rng, voice, seconds):
+    """Words of one to three syllables with pauses: phones, rows of TARGETS, and how many frames each lasts."""
+    phones, frames = [0], [rng.integers(6, 20)]
+    while sum(frames) * HOP < seconds * RATE:
+        for _ in range(rng.integers(1, 4)):
+            onset, coda = rng.integers(FIRST_CONSONANT, len(TARGETS), 2)
+            vowels = rng.integers(1, FIRST_CONSONANT, rng.integers(1, 3))
+            syllable = [onset, *vowels, coda][rng.random() < 0.2 : None if rng.random() < 0.35 else -1]
+            phones += syllable
+            # Consonants last 50 to 100 ms, vowels 80 to 220 ms, and less if they are two.
+            longest = (28, 16)[len(vowels) - 1]
+            lengths = (rng.uniform(*((6, 12) if p >= FIRST_CONSONANT else (10, longest))) for p in syllable)
+            frames += [round(voice.pace * length) for length in lengths]
+        if rng.random() < 0.35:
+            phones.append(0)
+            frames.append(rng.integers(8, 45))
+    return np.array([*phones, 0]), np.array([*frames, rng.integers(6, 20)])
+
+
+def smooth(tracks, frames):
+    """Hann-weighted moving average of tracks (T, ...) along time, over about `frames` frames."""
+    window = np.hanning(frames + 2)
+    return convolve1d(tracks, window / window.sum(), axis=0, mode='nearest')
+
+
+def articulate(rng, voice, phones, frames):
+    """Movements of a sentence: tracks (T, 9) with the columns of TARGETS, and the pitch in Hz (T,).
+
+    Smoothing lets every phone colour its neighbours (coarticulation).
+    """
+    targets = TARGETS[phones].copy()
+    targets[:, :3] *= voice.accent[phones]
+    targets[:, 3:6] *= rng.uniform(0.5, 1, (len(phones), 1))
+    tracks = smooth(np.repeat(targets, frames, axis=0), 11)
+    melody = rng.normal(0, voice.melody, len(phones))
+    semitones = smooth(np.repeat(melody, frames), 25)
+    declination = voice.melody * np.linspace(1, -1, len(semitones))
+    return tracks, voice.pitch * 2 ** ((semitones + declination) / 12)
+
+
+def glottis(rng, voice, pitch):
+    """Pulses and turbulence of the glottis for a pitch in Hz (samples,): two waves (samples,).
+
+    The flow of a cycle is Rosenberg's pulse (JASA 49, 1971, type B), open twice as long while rising as while falling.
+    """
+    cycles = np.cumsum(pitch / RATE)
+    # Each cycle has its own length (jitter) and amplitude (shimmer); the margin is for cycles that jitter adds.
+    count = int(cycles[-1] * 1.1) + 10
+    cycles = np.cumsum(pitch / RATE * rng.normal(1, voice.jitter, count)[cycles.astype(int)])
+    number = cycles.astype(int)
+    phase = (cycles - number) / voice.open_quotient
+    rising = 3 * (phase * 1.5) ** 2 - 2 * (phase * 1.5) ** 3
+    falling = 1 - (3 * phase - 2) ** 2
+    flow = np.where(phase < 2 / 3, rising, np.where(phase < 1, falling, 0))
+    flow *= rng.normal(1, voice.shimmer, count)[number]
+    # The lips radiate the derivative of the flow.
+    pulses = np.diff(flow, prepend=0)
+    leak = np.exp(-2 * np.pi * voice.tilt / RATE)
+    pulses = lfilter([1 - leak], [1, -leak], pulses)
+    # Turbulence is strongest while air flows, so it pulsates with the voice.
+    turbulence = rng.standard_normal(len(pitch)) * (0.3 + flow)
+    return pulses / pulses.std(), voice.breath * turbulence
+
+
+def resonators(frequencies, bandwidths):
+    """Inverse frequency response (T, N_FFT // 2 + 1) of resonators in cascade, of unit gain at 0 Hz (Klatt, 1980).
+
+    frequencies, bandwidths: (T, K) or what broadcasts to it, in Hz. The response's inverse is a polynomial in z^-1, of
+    degree 2 K.
+    """
+    frequencies, bandwidths = np.broadcast_arrays(frequencies, bandwidths)
+    radius = np.exp(-np.pi * bandwidths / RATE)
+    first = -2 * radius * np.cos(2 * np.pi * frequencies / RATE)
+    polynomial = np.ones((len(frequencies), 1))
+    for a1, a2 in zip(first.T[..., None], (radius**2).T[..., None]):
+        product = np.pad(polynomial, ((0, 0), (0, 2)))
+        product[:, 1:-1] += a1 * polynomial
+        product[:, 2:] += a2 * polynomial
+        polynomial = product / (1 + a1 + a2)
+    return rfft(polynomial, N_FFT)
+
+
+def spectra(wave):
+    """Spectra (T, N_FFT // 2 + 1) of the Hann-windowed frames, 2 * HOP samples every HOP, of a wave (samples,)."""
+    frames = np.lib.stride_tricks.sliding_window_view(np.pad(wave, HOP), 2 * HOP)[::HOP]
+    return rfft(frames * np.hanning(2 * HOP + 1)[:-1], N_FFT)
+
+
+def overlap_add(spectra):
+    """The wave (T - 1) * HOP + N_FFT samples long whose frames' spectra are given (T, N_FFT // 2 + 1)."""
+    frames = irfft(spectra, N_FFT).reshape(len(spectra), -1, HOP)
+    wave = np.zeros((len(frames) + frames.shape[1] - 1, HOP))
+    for shift in range(frames.shape[1]):
+        wave[shift : shift + len(frames)] += frames[:, shift]
+    return wave.ravel()
+
+
+def speak(rng, voice, seconds, transpose=0.0):
+    """A sentence (samples,) about `seconds` long, its pitch moved by `transpose` semitones.
+
+    Every 8 ms the sources' spectra are multiplied by the responses of the vocal tract in its shape of that moment.
+    """
+    tracks, pitch = articulate(rng, voice, *draw_sentence(rng, voice, seconds))
+    moments, samples = np.arange(len(tracks)) * HOP, np.arange((len(tracks) - 1) * HOP)
+    voicing, breath, hiss = (np.interp(samples, moments, track) for track in tracks.T[3:6])
+    pulses, turbulence = glottis(rng, voice, np.interp(samples, moments, pitch * 2 ** (transpose / 12)))
+
+    higher = np.tile(HIGHER_FORMANTS, (len(tracks), 1))
+    formants = np.hstack([tracks[:, :3], higher]) * voice.tract * voice.offsets
+    audible = formants[0] < 7200  # nearer to half the sampling rate a resonator's poles would add up
+    nose = voice.tract * tracks[:, 8:9]
+    # The pole of the nose cancels its zero but for nasals, whose zero moves up (Klatt, 1980).
+    tract = resonators(nose, 100) / resonators([[270 * voice.tract]], 100)
+    tract = tract / resonators(formants[:, audible], voice.bandwidths[audible])
+    passage = (1 - np.exp(-2j * np.pi * np.arange(N_FFT // 2 + 1) / N_FFT)) / resonators(
+        np.minimum(voice.tract * voice.offsets[4] * tracks[:, 6:7], 7000), tracks[:, 7:8]
+    )
+    passage /= np.sqrt((np.abs(passage) ** 2).mean(axis=1, keepdims=True))
+
+    voiced = spectra(pulses * voicing + turbulence * breath) * tract
+    voiced /= np.sqrt((np.abs(voiced) ** 2).mean() / HOP)
+    return overlap_add(voiced + spectra(rng.standard_normal(len(samples)) * hiss) * passage)
+
+
+def shape_spectrum(wave, gain_db):
+    """wave (samples,) filtered without delay by gain_db(frequencies in Hz) decibels."""
+    length = next_fast_len(len(wave) + RATE // 10, real=True)
+    gain = 10 ** (gain_db(np.maximum(rfftfreq(length, 1 / RATE), 20)) / 20)
+    return irfft(rfft(wave, length) * gain, length)[: len(wave)]
+
+
+def coloured_noise(rng, samples, slope):
+    """Gaussian noise (samples,) of unit power whose spectrum falls by `slope` dB per octave."""
+    noise = shape_spectrum(rng.standard_normal(samples), lambda frequency: -slope * np.log2(frequency / 1000))
+    return noise / noise.std()
+
+
+def draw_session(rng):
+    """A recording session: a function dry speech (samples,) -> recording, and the voice's transposition in semitones.
+
+    Channel (a tilt and four broad peaks or dips), level and noise floor are drawn the same way for every speaker.
+    """
+    tilt = rng.uniform(-3, 3)
+    centres = rng.uniform(np.log2(100), np.log2(7000), 4)
+    widths, peaks = rng.uniform(0.3, 1, 4), rng.uniform(-8, 8, 4)
+    level, floor, slope = rng.uniform(-35, -18), rng.uniform(-50, -30), rng.uniform(0, 6)
+
+    def channel_db(frequency):
+        octaves = np.log2(frequency)[:, None] - centres
+        return tilt * np.log2(frequency / 1000) + np.exp(-((octaves / widths) ** 2)) @ peaks
+
+    def record(dry):
+        wave = shape_spectrum(dry, channel_db)
+        wave = wave / wave.std() + 10 ** (floor / 20) * coloured_noise(rng, len(wave), slope)
+        return 10 ** (level / 20) * wave
+
+    return record, rng.normal(0, 0.7)
+
+
+def write_wave(path, wave):
+    """Writes (samples,) as 16-bit wav, turned down if it would clip; returns its seconds."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    wave = wave * min(1, 0.99 / np.abs(wave).max())
+    soundfile.write(path, np.round(wave * 32767).astype(np.int16), RATE)
+    return len(wave) / RATE
+
+
+def write_speaker(folder, speaker, names, seconds, seed):
+    """Writes the utterances `names`, SESSION/FILE, of a new speaker, `seed` being that of the speaker."""
+    rng = np.random.default_rng(seed)
+    voice, sessions = draw_voice(rng), {}
+    written = 0
+    for name in names:
+        session = os.path.dirname(name)
+        if session not in sessions:
+            sessions[session] = draw_session(rng)
+        record, transpose = sessions[session]
+        wave = record(speak(rng, voice, seconds * rng.uniform(0.75, 1.25), transpose))
+        written += write_wave(os.path.join(folder, speaker, name), wave)
+    return written
+
+
+def write_speech(path, seed):
+    """Writes 5 s of a voice of its own, for babble."""
+    rng = np.random.default_rng(seed)
+    record, _ = draw_session(rng)
+    return write_wave(path, record(speak(rng, draw_voice(rng), 5))[: 5 * RATE])
+
+
+def pluck(rng, frequency, samples):
+    """A plucked string (samples,): noise running round a damped loop (Karplus and Strong, 1983)."""
+    period = round(RATE / frequency)
+    burst = np.zeros(samples)
+    burst[:period] = rng.uniform(-1, 1, period)
+    loop = np.zeros(period + 2)
+    loop[0], loop[period:] = 1, -0.498
+    return lfilter([1], loop, burst)
+
+
+def write_music(path, seed):
+    """Writes 5 s of music: four chords of a key, broken or struck on the beat, over a bass and sometimes a drum."""
+    rng = np.random.default_rng(seed)
+    wave = np.zeros(10 * RATE)
+    key, beat = rng.uniform(110, 220), int(RATE * rng.uniform(0.25, 0.5))
+    broken, drum = rng.random(2) < 0.5
+    chords = rng.permutation([(0, 4, 7), (5, 9, 12), (7, 11, 14), (9, 12, 16)])
+    for step, start in enumerate(range(0, 5 * RATE, beat)):
+        chord = chords[step // 4 % 4]
+        notes = [chord[step % 3] + 12] if broken else chord
+        for semitones in (*notes, chord[0] - 12) if step % 2 == 0 else notes:
+            wave[start : start + RATE] += rng.uniform(0.5, 1) * pluck(rng, key * 2 ** (semitones / 12), RATE)
+        if drum:
+            wave[start : start + RATE // 8] += rng.standard_normal(RATE // 8) * np.geomspace(1, 1e-3, RATE // 8)
+    wave = wave[: 5 * RATE]
+    return write_wave(path, 10 ** (rng.uniform(-30, -15) / 20) * wave / wave.std())
+
+
+def write_noise(path, seed):
+    """Writes 5 s of one of five noises: a hiss, gusts of wind, a motor, a clatter, a ringing."""
+    rng = np.random.default_rng(seed)
+    kind, samples = seed[-1] % 5, 5 * RATE
+    time = np.arange(samples) / RATE
+    wave = coloured_noise(rng, samples, rng.uniform(0, 6))
+    if kind == 1:
+        wave = coloured_noise(rng, samples, 8) * np.exp(np.interp(time, np.arange(6), rng.normal(0, 1, 6)))
+    elif kind == 2:
+        harmonics = np.arange(1, 40)[:, None]
+        phase = 2 * np.pi * (rng.uniform(25, 120) * time + rng.uniform(0, 1) * np.sin(2 * np.pi * time / 4))
+        hum = (rng.exponential(1 / harmonics) * np.sin(harmonics * phase)).sum(axis=0)
+        wave = hum / hum.std() + 0.3 * wave
+    elif kind == 3:
+        knocks = rng.standard_normal(samples) * (rng.random(samples) < rng.uniform(3, 30) / RATE)
+        angle, radius = 2 * np.pi * rng.uniform(300, 4000) / RATE, np.exp(-1 / (RATE * rng.uniform(0.002, 0.05)))
+        knocks = lfilter([1], [1, -2 * radius * np.cos(angle), radius**2], knocks)
+        wave = knocks / (knocks.std() + 1e-9) + 0.02 * wave
+    elif kind == 4:
+        tones = np.sin(2 * np.pi * rng.uniform(400, 3000, (2, 1)) * time).sum(axis=0)
+        wave = tones * (np.sin(2 * np.pi * rng.uniform(0.3, 3) * time) > 0) + 0.03 * wave
+    return write_wave(path, 10 ** (rng.uniform(-35, -15) / 20) * wave / wave.std())
+
+
+def write_room(folder, size, positions, seed):
+    """Writes impulse responses of one room, a source and a microphone drawn for each; `size` in m, shortest to longest.
+
+    Early reflections are those of a shoebox (image sources: Allen and Berkley, JASA 65, 1979); past the mixing time the
+    response is noise with the room's decay, at the level that the critical distance gives.
+    """
+    rng = np.random.default_rng(seed)
+    sides = np.array([*rng.uniform(*size, 2), rng.uniform(2.5, 3 + size[0] / 4)])
+    volume, surface = sides.prod(), 2 * (sides.prod() / sides).sum()
+    absorption = rng.uniform(0.2, 0.6)
+    decay = min(0.161 * volume / (surface * absorption), 1.2)  # RT60 in s, by Sabine's formula
+    mixing = int(RATE * np.sqrt(volume) / 1000)  # Polack's estimate, sqrt of the volume in ms
+    cells = np.array(list(itertools.product(range(-3, 4), repeat=3)))[:, None]
+    mirrored = np.array(list(itertools.product((0, 1), repeat=3)))
+    bounces = (np.abs(cells - mirrored) + np.abs(cells)).sum(axis=2)
+    time = np.arange(int(decay * RATE)) / RATE
+    written = 0
+    for position in range(1, positions + 1):
+        source, microphone = rng.uniform(0.1, 0.9, (2, 3)) * sides
+        images = (1 - 2 * mirrored) * source + 2 * cells * sides
+        distance = np.maximum(np.linalg.norm(images - microphone, axis=2), 0.3)
+        delay = ((distance - distance.min()) / 343 * RATE).astype(int)
+        early = delay < min(mixing, len(time))
+        tail = rng.standard_normal(len(time)) * 10 ** (-3 * time / decay) * (np.arange(len(time)) >= mixing)
+        tail *= np.sqrt(13.8 / (decay * RATE)) / (0.057 * np.sqrt(volume / decay))
+        np.add.at(tail, delay[early], (1 - absorption) ** (bounces[early] / 2) / distance[early])
+        name = os.path.basename(folder)
+        written += write_wave(os.path.join(folder, f'{name}-{position:05d}.wav'), tail / np.abs(tail).max())
+    return written
+
+
+def make_trials(files, rng):
+    """Lines of a trial list from {speaker: paths SPEAKER/SESSION/FILE}.
+
+    Targets are all pairs of a speaker's files from different sessions, so that no channel is shared; every pair of
+    speakers gives the same number of non-targets, whatever their voices.
+    """
+    lines = []
+    for paths in files.values():
+        pairs = itertools.combinations(paths, 2)
+        lines += [f'1 {a} {b}' for a, b in pairs if os.path.dirname(a) != os.path.dirname(b)]
+    for first, second in itertools.combinations(files.values(), 2):
+        pairs = list(itertools.product(first, second))
+        for chosen in rng.choice(len(pairs), min(TRIALS_PER_PAIR, len(pairs)), replace=False):
+            lines.append('0 {} {}'.format(*pairs[chosen]))
+    return lines
+
+
+def plan(out, train_speakers, test_speakers, utterances, seconds, seed):
+    """What there is to make: a list of (function, arguments), and {speaker: paths} of either list.
+
+    Every piece is seeded by its kind and number, so the corpus does not depend on the order of the work.
+    """
+    # VoxCeleb has a session a video; three utterances each, but two sessions at the least.
+    sessions = max(2, utterances // 3)
+    names = [f'session{i % sessions + 1:02d}/{i // sessions + 1:05d}.wav' for i in range(utterances)]
+    jobs, lists = [], []
+    for kind, count, first, folder in (
+        (TRAIN, train_speakers, 12, 'VoxCeleb2/train/wav'),
+        (TEST, test_speakers, 10270, 'VoxCeleb1/test/wav'),
+    ):
+        speakers = [f'id{first + i:05d}' for i in range(count)]
+        lists.append({speaker: [f'{speaker}/{name}' for name in names] for speaker in speakers})
+        for i, speaker in enumerate(speakers):
+            jobs.append((write_speaker, (f'{out}/{folder}', speaker, names, seconds, [seed, kind, i])))
+    for category, write, kind, count in (
+        ('speech', write_speech, SPEECH, 16),
+        ('music', write_music, MUSIC, 12),
+        ('noise', write_noise, NOISE, 20),
+    ):
+        for i in range(count):
+            path = f'{out}/musan_split/{category}/synthetic/{category}-synthetic-{i:04d}/00000.wav'
+            jobs.append((write, (path, [seed, kind, i])))
+    sizes = {'smallroom': (2, 10), 'mediumroom': (10, 30), 'largeroom': (30, 50)}
+    for number, (room, i) in enumerate(itertools.product(sizes, range(1, 6))):
+        folder = f'{out}/simulated_rirs/{room}/Room{i:03d}'
+        jobs.append((write_room, (folder, sizes[room], 3, [seed, ROOM, number])))
+    return jobs, lists
+
+
+def run_job(job):
+    """Calls (function, arguments); returns the function and the seconds of audio that it wrote."""
+    function, arguments = job
+    return function, function(*arguments)
+
+
+def claim(out, settings):
+    """Takes possession of the folder; returns whether the corpus of these settings is there already.
+
+    Raises ValueError for a folder that holds something else, which is never touched.
+    """
+    marker = os.path.join(out, MARKER)
+    os.makedirs(out, exist_ok=True)
+    try:
+        with open(marker, encoding='utf-8') as file:
+            found = json.load(file)
+        ours = found['made_by'] == settings['made_by']
+    except FileNotFoundError:
+        ours, found = not os.listdir(out), None
+    except (ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise ValueError(f'{out} is not empty and not a corpus of this program ({MARKER}); choose another folder')
+    if found == {**settings, 'complete': True}:
+        return True
+    write_marker(out, settings, complete=False)
+    for folder in FOLDERS:
+        shutil.rmtree(os.path.join(out, folder), ignore_errors=True)
+    return False
+
+
+def write_marker(out, settings, complete):
+    """Writes the file that says that the folder is ours, and whether the corpus in it is complete."""
+    temporary = os.path.join(out, f'{MARKER}.part')
+    with open(temporary, 'w', encoding='utf-8') as file:
+        json.dump({**settings, 'complete': complete}, file, indent=1)
+    os.replace(temporary, os.path.join(out, MARKER))
+
+
+def make_corpus(out, train_speakers=64, test_speakers=20, utterances=12, seconds=4.0, seed=10, processes=2):
+    """Makes the corpus in the folder `out`, or leaves it if it is there: same arguments, same bytes.
+
+    utterances: of each speaker; seconds: their mean length; processes: how many share the work. Raises ValueError for
+    arguments or a folder that cannot be used.
+    """
+    if min(train_speakers, test_speakers, utterances) < 2 or seconds < 0.5 or processes < 1 or seed < 0:
+        raise ValueError('needs at least 2 speakers of each kind, 2 utterances, 0.5 s, 1 process and a seed from 0 up')
+    settings = dict(
+        made_by='exps/demo/voices.py',
+        # A corpus of another version of this file is another corpus.
+        version=zlib.crc32(open(__file__, 'rb').read()),
+        train_speakers=train_speakers,
+        test_speakers=test_speakers,
+        utterances=utterances,
+        seconds=float(seconds),
+        seed=seed,
+    )
+    if claim(out, settings):
+        print(f'{out}: the corpus is there already, complete')
+        return
+    jobs, (train, test) = plan(out, train_speakers, test_speakers, utterances, seconds, seed)
+    written = dict.fromkeys((function for function, _ in jobs), 0.0)
+    for function, length in tqdm(run(jobs, processes), desc='voices', total=len(jobs), unit='file', disable=None):
+        written[function] += length
+    trials = make_trials(test, np.random.default_rng([seed, TEST, test_speakers]))
+    write_lines(f'{out}/VoxCeleb2/train_list.txt', [f'{s} {path}' for s, paths in train.items() for path in paths])
+    write_lines(f'{out}/VoxCeleb1/veri_test2.txt', trials)
+    write_marker(out, settings, complete=True)
+    print(
+        f'{out}/VoxCeleb2: {train_speakers} speakers, {train_speakers * utterances} utterances to train on\n'
+        f'{out}/VoxCeleb1: {test_speakers} other speakers, {test_speakers * utterances} utterances, '
+        f'{len(trials)} trials\n'
+        f'{written[write_speaker] / 60:.0f} minutes of voices in all\n'
+        f'{out}/musan_split: {written[write_speech]:.0f} s of speech, {written[write_music]:.0f} s of music, '
+        f'{written[write_noise]:.0f} s of noise\n'
+        f'{out}/simulated_rirs: impulse responses of {sum(job[0] is write_room for job in jobs)} rooms'
+    )
+
+
+def run(jobs, processes):
+    """Results of run_job in the order of the jobs, which `processes` processes share."""
+    if processes == 1:
+        yield from map(run_job, jobs)
+    else:
+        with multiprocessing.Pool(processes) as pool:
+            yield from pool.imap(run_job, jobs)
+
+
+def write_lines(path, lines):
+    """Writes a text file."""
+    with open(path, 'w', encoding='utf-8') as file:
+        file.writelines(f'{line}\n' for line in lines)
+
+
+def main(argv=None):
+    """Runs the command; exit status 2, with a sentence on standard error, for what cannot be done."""
+    parser = argparse.ArgumentParser(
+        description='Make a corpus of synthetic voices to train on.',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument('--out', required=True, default=argparse.SUPPRESS, help='folder of the corpus')
+    parser.add_argument('--train_speakers', type=int, default=64, help='voices to train on')
+    parser.add_argument('--test_speakers', type=int, default=20, help='other voices, to test on')
+    parser.add_argument('--utterances', type=int, default=12, help='of each speaker')
+    parser.add_argument('--seconds', type=float, default=4.0, help='mean length of an utterance')
+    parser.add_argument('--seed', type=int, default=10, help='seed of everything drawn at random')
+    parser.add_argument('--processes', type=int, default=2, help='processes that share the work')
+    try:
+        make_corpus(**vars(parser.parse_args(argv)))
+    except (ValueError, OSError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == '__main__':
+    main()
