@@ -17,6 +17,7 @@ from model import ECAPA_TDNN
 from tools import (
     BadInput,
     available_cpus,
+    copy_from_first,
     process_count,
     process_rank,
     score_pairs,
@@ -174,6 +175,9 @@ class ECAPAModel(nn.Module):
         Where processes train together each reads its part of the files, and all return the same.
         """
         self.eval()
+        for statistics in self.buffers():
+            # Batch norms that are not synchronised have seen other utterances in each process.
+            copy_from_first(statistics)
         mine = range(process_rank(), len(paths), process_count())
         files = DataLoader(EvalUtterances([paths[i] for i in mine]), batch_size=None, num_workers=self.n_cpu)
         embeddings = torch.zeros(len(paths), 2, 192, device=self.device)

@@ -1,0 +1,314 @@
+"""Plain implementations: the obvious way to compute what the six modules compute.
+
+The tests use them as oracles and the benchmark as what to be faster than, so nothing here shares code with the modules
+and nothing here is made fast. Audio is 16 kHz mono; embeddings have 192 dimensions.
+"""
+
+import glob
+import math
+import os
+import random
+from operator import itemgetter
+
+import numpy as np
+import soundfile
+import torch
+import torch.nn.functional as F
+import torchaudio
+from scipy.signal import convolve
+from sklearn.metrics import roc_curve
+from torch import nn
+
+SNR = {'noise': (0, 15), 'speech': (13, 20), 'music': (5, 15)}  # dB
+CLIPS = {'noise': (1, 1), 'speech': (3, 8), 'music': (1, 1)}
+EVAL_CROP = 48240  # samples, 3 s
+
+
+def plain_read_train_list(train_list, train_path):
+    """Lists of every utterance's path (str) and label (int), from lines `speaker path`."""
+    with open(train_list) as file:
+        lines = file.read().splitlines()
+    speakers = sorted({line.split()[0] for line in lines})
+    index = {speaker: number for number, speaker in enumerate(speakers)}
+    paths, labels = [], []
+    for line in lines:
+        speaker, name = line.split()
+        paths.append(os.path.join(train_path, name))
+        labels.append(index[speaker])
+    return paths, labels
+
+
+def plain_crop(path, length):
+    """A file read whole, wrapped to `length` samples if shorter, cut at a random start: float64 (length,)."""
+    audio, _ = soundfile.read(path)
+    if len(audio) < length:
+        audio = np.pad(audio, (0, length - len(audio)), 'wrap')
+    start = random.randint(0, len(audio) - length)
+    return audio[start : start + length]
+
+
+def plain_reverberate(audio, rir):
+    """audio (samples,) in the room of an impulse response (taps,), which is scaled to unit energy."""
+    rir = rir / np.sqrt(np.sum(rir**2))
+    return convolve(audio, rir, mode='full')[: len(audio)]
+
+
+def plain_mix(audio, noise, snr):
+    """audio (samples,) and, snr dB below it, noise (samples,): returns the noise as scaled, not the sum."""
+    audio_db = 10 * np.log10(np.mean(audio**2) + 1e-4)
+    noise_db = 10 * np.log10(np.mean(noise**2) + 1e-4)
+    return np.sqrt(10 ** ((audio_db - noise_db - snr) / 10)) * noise
+
+
+class PlainDataset(torch.utils.data.Dataset):
+    """Random augmented crops of training utterances: (FloatTensor (num_frames * 160 + 240,), int label).
+
+    musan_path holds MUSAN whole or in pieces: its files are read whole either way.
+    """
+
+    def __init__(self, train_list, train_path, musan_path, rir_path, num_frames):
+        self.length = num_frames * 160 + 240
+        self.paths, self.labels = plain_read_train_list(train_list, train_path)
+        self.noises = {
+            category: glob.glob(os.path.join(musan_path, category, '**', '*.wav'), recursive=True) for category in SNR
+        }
+        self.rirs = glob.glob(os.path.join(rir_path, '**', '*.wav'), recursive=True)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        audio = plain_crop(self.paths[index], self.length)
+        kind = random.randint(0, 5)
+        if kind == 1:
+            audio = self.add_rev(audio)
+        elif kind == 2:
+            audio = self.add_noise(audio, 'speech')
+        elif kind == 3:
+            audio = self.add_noise(audio, 'music')
+        elif kind == 4:
+            audio = self.add_noise(audio, 'noise')
+        elif kind == 5:
+            audio = self.add_noise(audio, 'speech')
+            audio = self.add_noise(audio, 'music')
+        return torch.FloatTensor(audio), self.labels[index]
+
+    def add_rev(self, audio):
+        """audio (samples,) in a room drawn at random."""
+        rir, _ = soundfile.read(random.choice(self.rirs))
+        return plain_reverberate(audio, rir)
+
+    def add_noise(self, audio, category):
+        """audio (samples,) plus clips of a category, each with a signal-to-noise ratio of its own."""
+        noises = []
+        for path in random.choices(self.noises[category], k=random.randint(*CLIPS[category])):
+            noises.append(plain_mix(audio, plain_crop(path, len(audio)), random.uniform(*SNR[category])))
+        return np.sum([audio, *noises], axis=0)
+
+
+class PlainPreEmphasis(nn.Module):
+    """y[t] = x[t] - 0.97 x[t - 1] on (B, samples), with one sample of reflection on the left."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('flipped_filter', torch.FloatTensor([[[-0.97, 1.0]]]))
+
+    def forward(self, x):
+        return F.conv1d(F.pad(x[:, None], (1, 0), mode='reflect'), self.flipped_filter)[:, 0]
+
+
+class PlainSE(nn.Module):
+    """Squeeze-excitation of (B, channels, T) with a bottleneck of 128."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.se = nn.Sequential(
+            nn.AdaptiveAvgPool1d(1), nn.Conv1d(channels, 128, 1), nn.ReLU(), nn.Conv1d(128, channels, 1), nn.Sigmoid()
+        )
+
+    def forward(self, x):
+        return x * self.se(x)
+
+
+class PlainBlock(nn.Module):
+    """SE-Res2 block with 8 groups and kernel 3 on (B, C, T)."""
+
+    def __init__(self, C, dilation):
+        super().__init__()
+        self.width = C // 8
+        self.conv1, self.bn1 = nn.Conv1d(C, C, 1), nn.BatchNorm1d(C)
+        chain = [nn.Conv1d(self.width, self.width, 3, dilation=dilation, padding=dilation) for _ in range(7)]
+        self.convs = nn.ModuleList(chain)
+        self.bns = nn.ModuleList([nn.BatchNorm1d(self.width) for _ in range(7)])
+        self.conv3, self.bn3 = nn.Conv1d(C, C, 1), nn.BatchNorm1d(C)
+        self.se = PlainSE(C)
+
+    def forward(self, x):
+        groups = torch.split(self.bn1(F.relu(self.conv1(x))), self.width, dim=1)
+        out = group = self.bns[0](F.relu(self.convs[0](groups[0])))
+        for i in range(1, 7):
+            group = self.bns[i](F.relu(self.convs[i](groups[i] + group)))
+            out = torch.cat((out, group), dim=1)
+        out = torch.cat((out, groups[7]), dim=1)
+        return self.se(self.bn3(F.relu(self.conv3(out)))) + x
+
+
+def plain_mask(x, dim, widths):
+    """SpecAugment of (B, bands, frames) along dim: zeros, for each utterance, a stretch narrower than `widths`."""
+    size = x.shape[dim]
+    mask_len = torch.randint(0, widths, (len(x), 1), device=x.device)
+    mask_pos = torch.randint(0, max(1, size - mask_len.max()), (len(x), 1), device=x.device)
+    position = torch.arange(size, device=x.device)
+    mask = (position >= mask_pos) & (position < mask_pos + mask_len)
+    return x.masked_fill(mask[:, None, :] if dim == 2 else mask[:, :, None], 0)
+
+
+class PlainECAPA(nn.Module):
+    """ECAPA-TDNN with C channels; parameters and buffers are named as in the published checkpoint."""
+
+    def __init__(self, C):
+        super().__init__()
+        mel = torchaudio.transforms.MelSpectrogram(
+            16000, n_fft=512, win_length=400, hop_length=160, f_min=20, f_max=7600, n_mels=80,
+            window_fn=torch.hamming_window,
+        )  # fmt: skip
+        self.torchfbank = nn.Sequential(PlainPreEmphasis(), mel)
+        self.conv1, self.bn1 = nn.Conv1d(80, C, 5, padding=2), nn.BatchNorm1d(C)
+        self.layer1, self.layer2, self.layer3 = PlainBlock(C, 2), PlainBlock(C, 3), PlainBlock(C, 4)
+        self.layer4 = nn.Conv1d(3 * C, 1536, 1)
+        self.attention = nn.Sequential(
+            nn.Conv1d(4608, 256, 1), nn.ReLU(), nn.BatchNorm1d(256), nn.Tanh(), nn.Conv1d(256, 1536, 1), nn.Softmax(2)
+        )
+        self.bn5, self.fc6, self.bn6 = nn.BatchNorm1d(3072), nn.Linear(3072, 192), nn.BatchNorm1d(192)
+
+    def forward(self, x, aug):
+        """Embeddings (B, 192) of waveforms (B, samples); aug: whether to mask the spectrogram."""
+        with torch.no_grad():
+            x = torch.log(self.torchfbank(x) + 1e-6)
+            x = x - torch.mean(x, dim=-1, keepdim=True)
+            if aug:
+                x = plain_mask(plain_mask(x, 2, 10), 1, 8)
+        x = self.bn1(F.relu(self.conv1(x)))
+        x1 = self.layer1(x)
+        x2 = self.layer2(x + x1)
+        x3 = self.layer3(x + x1 + x2)
+        x = F.relu(self.layer4(torch.cat((x1, x2, x3), dim=1)))
+        frames = x.shape[-1]
+        mean = torch.mean(x, dim=2, keepdim=True).repeat(1, 1, frames)
+        std = torch.sqrt(torch.var(x, dim=2, keepdim=True).clamp(min=1e-4)).repeat(1, 1, frames)
+        w = self.attention(torch.cat((x, mean, std), dim=1))
+        mu = torch.sum(x * w, dim=2)
+        sigma = torch.sqrt((torch.sum(x**2 * w, dim=2) - mu**2).clamp(min=1e-4))
+        return self.bn6(self.fc6(self.bn5(torch.cat((mu, sigma), dim=1))))
+
+
+class PlainAAM(nn.Module):
+    """AAM-softmax of n_class speakers with margin m (radians) and scale s, over dense one-hot targets."""
+
+    def __init__(self, n_class, m, s):
+        super().__init__()
+        self.m, self.s = m, s
+        self.weight = nn.Parameter(torch.empty(n_class, 192))
+        nn.init.xavier_normal_(self.weight)
+
+    def forward(self, x, label):
+        """Loss and top-1 accuracy in percent, on the margin logits, of embeddings (B, 192) and labels (B,)."""
+        cosine = F.linear(F.normalize(x), F.normalize(self.weight))
+        sine = torch.sqrt((1 - cosine**2).clamp(0, 1))
+        phi = cosine * math.cos(self.m) - sine * math.sin(self.m)
+        line = cosine - math.sin(math.pi - self.m) * self.m
+        phi = torch.where(cosine > math.cos(math.pi - self.m), phi, line)
+        one_hot = torch.zeros_like(cosine)
+        one_hot.scatter_(1, label.view(-1, 1), 1)
+        logits = (one_hot * phi + (1 - one_hot) * cosine) * self.s
+        correct = torch.argmax(logits, dim=1) == label
+        return F.cross_entropy(logits, label), 100 * correct.float().mean()
+
+
+def plain_train_step(encoder, classifier, optimiser, audio, labels):
+    """One step on waveforms (B, samples) and labels (B,), both read back: (loss, accuracy in percent).
+
+    On a GPU the convolutions use TF32 and the matrix products do not, which is PyTorch's default.
+    """
+    optimiser.zero_grad()
+    loss, accuracy = classifier(encoder(audio, aug=True), labels)
+    loss.backward()
+    optimiser.step()
+    return loss.item(), accuracy.item()
+
+
+def plain_read_trials(eval_list, eval_path):
+    """Labels (list of int) and pairs of paths of lines `label enrolment test`."""
+    labels, trials = [], []
+    with open(eval_list) as lines:
+        for line in lines:
+            label, *names = line.split()
+            labels.append(int(label))
+            trials.append(tuple(os.path.join(eval_path, name) for name in names))
+    return labels, trials
+
+
+@torch.no_grad()
+def plain_embed(encoder, paths):
+    """Each path's unit embeddings, of the whole file (1, 192) and of its five 3 s crops (5, 192), file by file."""
+    encoder.eval()
+    device = next(encoder.parameters()).device
+    embeddings = {}
+    for path in paths:
+        audio, _ = soundfile.read(path)
+        whole = torch.FloatTensor(audio)[None].to(device)
+        if len(audio) < EVAL_CROP:
+            audio = np.pad(audio, (0, EVAL_CROP - len(audio)), 'wrap')
+        starts = np.linspace(0, len(audio) - EVAL_CROP, num=5)
+        crops = torch.FloatTensor(np.stack([audio[int(start) : int(start) + EVAL_CROP] for start in starts])).to(device)
+        embeddings[path] = tuple(F.normalize(encoder(x, aug=False)) for x in (whole, crops))
+    return embeddings
+
+
+def plain_scores(embeddings, trials):
+    """List of the trials' scores: half the whole-file cosine, half the mean cosine of the 25 pairs of crops."""
+    scores = []
+    for enrolment, test in trials:
+        whole = torch.mean(torch.matmul(embeddings[enrolment][0], embeddings[test][0].T))
+        crops = torch.mean(torch.matmul(embeddings[enrolment][1], embeddings[test][1].T))
+        scores.append(((whole + crops) / 2).item())
+    return scores
+
+
+def plain_error_rates(scores, labels):
+    """Lists of miss rates, false-alarm rates and thresholds, one for each score in ascending order."""
+    ranked = sorted(zip(scores, labels), key=itemgetter(0))
+    targets = sum(int(label) for _, label in ranked)
+    missed, rejected = 0, 0
+    fnrs, fprs, thresholds = [], [], []
+    for score, label in ranked:
+        missed += int(label)
+        rejected += 1 - int(label)
+        fnrs.append(missed / targets)
+        fprs.append(1 - rejected / (len(ranked) - targets))
+        thresholds.append(score)
+    return fnrs, fprs, thresholds
+
+
+def plain_min_dcf(fnrs, fprs, thresholds, p_target, c_miss=1, c_fa=1):
+    """Smallest normalised detection cost, and the threshold it is at."""
+    smallest, best = float('inf'), None
+    for fnr, fpr, threshold in zip(fnrs, fprs, thresholds):
+        cost = c_miss * fnr * p_target + c_fa * fpr * (1 - p_target)
+        if cost < smallest:
+            smallest, best = cost, threshold
+    return smallest / min(c_miss * p_target, c_fa * (1 - p_target)), best
+
+
+def plain_eer(scores, labels):
+    """Equal error rate in percent: the larger of the two rates where they are closest on the ROC."""
+    fpr, tpr, _ = roc_curve(labels, scores, pos_label=1)
+    fnr = 1 - tpr
+    closest = np.nanargmin(np.abs(fnr - fpr))
+    return 100 * max(fnr[closest], fpr[closest])
+
+
+def plain_figures(scores, labels):
+    """(EER in percent, minDCF at p_target 0.05, minDCF at p_target 0.01)."""
+    rates = plain_error_rates(scores, labels)
+    return plain_eer(scores, labels), plain_min_dcf(*rates, 0.05)[0], plain_min_dcf(*rates, 0.01)[0]

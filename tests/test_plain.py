@@ -1,0 +1,256 @@
+"""What is fast equals what is plain: network, padded batches, loss, lists, scores, loaders of any kind."""
+
+import os
+import time
+
+import numpy as np
+import plain
+import pytest
+import torch
+from conftest import portable_system, wave, write_wav
+from torch.utils.data import DataLoader
+
+from dataLoader import NoiseFiles, Strings, make_batches, read_crop, read_train_list, read_trials, train_loader
+from ECAPAModel import ECAPAModel
+from loss import AAMsoftmax
+from tools import ComputeErrorRates, ComputeMinDcf, accuracy, score_pairs
+
+
+def make_system(C=16, **kwargs):
+    return ECAPAModel(**{**dict(lr=0.001, lr_decay=0.97, C=C, n_class=20, m=0.2, s=30, test_step=1), **kwargs})
+
+
+def test_network_and_gradients():
+    system = portable_system(64)
+    encoder = plain.PlainECAPA(64)
+    encoder.load_state_dict(system.speaker_encoder.state_dict())
+    waves = torch.from_numpy(np.stack([wave(i, 16240) for i in range(4)]))
+    direction = torch.randn(4, 192, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for network in (system.speaker_encoder, encoder):
+        network.train()
+        (network(waves, aug=False) * direction).sum().backward()
+        gradients.append({name: p.grad for name, p in network.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[1].items():
+        largest = gradient.abs().max().item()
+        np.testing.assert_allclose(gradients[0][name], gradient, atol=1e-3 * largest + 1e-4, err_msg=name)
+
+
+def test_margin_on_the_target_column_alone():
+    torch.manual_seed(1)
+    ours, dense = AAMsoftmax(50, m=0.2, s=30), plain.PlainAAM(50, m=0.2, s=30)
+    dense.weight.data = ours.weight.data.clone()
+    label = torch.randint(50, (16,))
+    # Some embeddings lie more than π − m from their speaker, where the margin is a straight line.
+    x = torch.randn(16, 192)
+    x[:4] = -ours.weight.data[label[:4]] + 0.001 * torch.randn(4, 192)
+    results = []
+    for classifier in (ours, dense):
+        given = x.clone().requires_grad_()
+        loss, _ = classifier(given, label)
+        loss.backward()
+        results.append((loss.detach(), given.grad, classifier.weight.grad))
+    for first, second in zip(*results):
+        np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-6)
+
+
+def test_margin_has_finite_gradients_where_the_cosine_is_one():
+    classifier = AAMsoftmax(3, m=0.2, s=30)
+    classifier.weight.data = torch.eye(3, 192)
+    x = torch.cat([torch.eye(2, 192), -torch.eye(1, 192)]).requires_grad_()
+    loss, _ = classifier(x, torch.tensor([0, 1, 0]))
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(x.grad).all() and torch.isfinite(classifier.weight.grad).all()
+
+
+@pytest.mark.parametrize('lengths', [(16240, 48000, 20000, 48000), (600, 30000)])
+def test_padded_batches_equal_single_utterances(lengths):
+    encoder = portable_system(64).speaker_encoder.eval()
+    with torch.no_grad():
+        features = [encoder.features(torch.from_numpy(wave(i, n))[None]) for i, n in enumerate(lengths)]
+        longest = max(x.shape[2] for x in features) + 3
+        padded = torch.cat([torch.nn.functional.pad(x, (0, longest - x.shape[2])) for x in features])
+        batch = encoder.encode(padded, torch.tensor([x.shape[2] for x in features]))
+        alone = torch.cat([encoder.encode(x) for x in features])
+    np.testing.assert_allclose(batch, alone, atol=2e-5)
+
+
+def test_evaluation_equals_one_file_at_a_time(tree, monkeypatch):
+    monkeypatch.setattr('ECAPAModel.BATCH_FRAMES', 1000)
+    monkeypatch.setattr('ECAPAModel.WINDOW_FRAMES', 2000)
+    for number, samples in enumerate((700, 16000, 160000, 48240)):
+        write_wav(f'{tree["eval_path"]}/id{number}/session/00000.wav', 0.5 * wave(number, samples))
+    files, labels, pairs = read_trials(tree['eval_list'])
+    paths = [os.path.join(tree['eval_path'], name) for name in files]
+    torch.manual_seed(2)
+    system = make_system(n_cpu=2)
+    encoder = plain.PlainECAPA(16)
+    encoder.load_state_dict(system.speaker_encoder.state_dict())
+    scores, found = system.score_trials(tree['eval_list'], tree['eval_path'])
+    assert np.array_equal(found, labels)
+    embeddings = plain.plain_embed(encoder.eval(), paths)
+    expected = plain.plain_scores(embeddings, [(paths[a], paths[b]) for a, b in pairs])
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+
+
+def test_scores_of_many_pairs():
+    random = np.random.default_rng(3)
+    embeddings = random.standard_normal((50, 2, 192)).astype(np.float32)
+    pairs = random.integers(50, size=(9000, 2))
+    expected = [0.5 * (embeddings[a, 0] @ embeddings[b, 0] + embeddings[a, 1] @ embeddings[b, 1]) for a, b in pairs]
+    np.testing.assert_allclose(score_pairs(embeddings, pairs), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_error_rates_with_ties():
+    random = np.random.default_rng(4)
+    scores, labels = random.integers(20, size=500) / 10, random.integers(2, size=500)
+    rates, expected = ComputeErrorRates(scores, labels), plain.plain_error_rates(scores, labels)
+    for first, second in zip(rates, expected):
+        assert np.array_equal(first, second)
+    assert ComputeMinDcf(*rates, 0.05, 1, 1) == plain.plain_min_dcf(*expected, 0.05, 1, 1)
+
+
+def test_accuracy_counts_the_largest_outputs():
+    output = torch.tensor([[0.1, 0.9, 0.5], [0.8, 0.1, 0.2], [0.1, 0.2, 0.3], [0.3, 0.2, 0.1]])
+    assert [a.tolist() for a in accuracy(output, torch.tensor([1, 1, 2, 2]), topk=(1, 2))] == [[50], [50]]
+    assert accuracy(output, torch.tensor([2, 2, 1, 1]), topk=(1, 2))[1].tolist() == [100]
+
+
+def test_lists(tmp_path):
+    random = np.random.default_rng(5)
+    speakers = [f'id{n}' for n in random.permutation(40)]
+    lines = [f'{speakers[random.integers(40)]} a/ü{n}.wav' for n in range(3000)]
+    # Blank lines, tabs and Windows line ends are what real lists have.
+    text = '\r\n'.join(line.replace(' ', '\t', n % 2) for n, line in enumerate(lines)) + '\r\n\n'
+    (tmp_path / 'list.txt').write_bytes(text.encode())
+    found, labels, names = read_train_list(tmp_path / 'list.txt')
+    assert found == sorted(set(line.split()[0] for line in lines))
+    assert [found[label] for label in labels] == [line.split()[0] for line in lines]
+    assert list(names) == [line.split()[1] for line in lines]
+
+
+def test_strings():
+    strings = ['', 'a', 'Grüße', os.fsdecode(b'\xff\xfe'), '']
+    compact = Strings(strings)
+    assert len(compact) == 5 and list(compact) == strings
+
+
+def test_noise_is_drawn_as_its_pieces(tmp_path):
+    """60 s have 19 pieces of 5 s, one every 3 s; 5 s have one."""
+    ramp = np.arange(60 * 16000) / (60 * 16000)
+    write_wav(tmp_path / 'long.wav', ramp)
+    write_wav(tmp_path / 'short.wav', ramp[: 5 * 16000] - 1)
+    noise, rng = NoiseFiles(tmp_path), np.random.default_rng(6)
+    assert noise.pieces.tolist() == [19, 20]
+    starts = np.array([clip[0] for _ in range(4000) for clip in noise.draw(rng, 16000, 1)])
+    assert np.mean(starts < 0) == pytest.approx(1 / 20, abs=0.015)
+    seconds = starts[starts >= 0] * 60
+    pieces = (rng.integers(19, size=4000) * 3 + rng.uniform(0, 4, 4000)).clip(max=60)
+    quantiles = np.linspace(0.05, 0.95, 10)
+    np.testing.assert_allclose(np.quantile(seconds, quantiles), np.quantile(pieces, quantiles), atol=2)
+    assert seconds.max() < 59.001
+
+
+@pytest.mark.parametrize('subtype, tolerance', [('PCM_16', 1e-4), ('FLOAT', 1e-7), ('PCM_24', 1e-6), ('PCM_U8', 1e-2)])
+def test_mapped_and_read_files_agree(tmp_path, subtype, tolerance):
+    audio = np.random.default_rng(7).uniform(-0.9, 0.9, 5000)
+    path = write_wav(tmp_path / 'a.wav', audio, subtype=subtype)
+    for mapped in (False, True):
+        crop = read_crop(path, 5000, np.random.default_rng(0), mapped=mapped)
+        np.testing.assert_allclose(crop, audio, atol=tolerance)
+    with_one = read_crop(path, 1000, np.random.default_rng(1), mapped=True)
+    assert np.array_equal(with_one, read_crop(path, 1000, np.random.default_rng(1), mapped=False))
+
+
+@pytest.mark.slow
+def test_fork_and_spawn_give_the_same_batches(tree):
+    dataset = train_loader(**{**tree, 'num_frames': 50, 'seed': 3})
+    batches = [
+        [audio for audio, _ in make_batches(dataset, 4, 2, multiprocessing_context=start)] for start in ('fork', 'spawn')
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*batches))
+
+
+def test_workers_use_one_thread(tree):
+    class Threads(train_loader):
+        def __getitem__(self, index):
+            return torch.get_num_threads()
+
+    dataset = Threads(**{**tree, 'num_frames': 50})
+    assert {int(n) for batch in make_batches(dataset, 4, 1) for n in batch} == {1}
+
+
+def private_kilobytes():
+    """Memory of this process that it shares with no other."""
+    with open('/proc/self/smaps_rollup') as file:
+        return sum(int(line.split()[1]) for line in file if line.startswith(('Private_Dirty', 'Private_Clean')))
+
+
+class Touch(torch.utils.data.Dataset):
+    """Reads every path and label of a training list, as an epoch does; an item is how much that made a worker grow."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        before = private_kilobytes()
+        for i in range(len(self.dataset)):
+            self.dataset.path(i), self.dataset.labels[i]
+        return private_kilobytes() - before
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/smaps_rollup'), reason='needs /proc/self/smaps_rollup')
+def test_a_worker_does_not_copy_the_list(tmp_path, tree):
+    lines = (f'id{n % 999:05d} id{n % 999:05d}/21Uxsk56VDQ/{n:07d}.wav\n' for n in range(300000))
+    (tmp_path / 'train.txt').write_text(''.join(lines))
+    dataset = train_loader(**{**tree, 'num_frames': 50})
+    (growth,) = DataLoader(Touch(dataset), num_workers=1)
+    assert growth.item() < 30 * 1024 * 0.3
+
+
+def test_the_body_of_the_encoder_is_one_graph():
+    system = make_system()
+    features = torch.randn(2, 80, 50)
+    compiled = torch.compile(system.speaker_encoder.encode, backend='eager', fullgraph=True)
+    np.testing.assert_allclose(
+        compiled(features).detach(), system.speaker_encoder.encode(features).detach(), atol=1e-5
+    )
+
+
+def test_bfloat16_is_close_and_keeps_the_loss_in_float32():
+    waves = torch.from_numpy(np.stack([wave(i, 16240) for i in range(4)]))
+    labels = torch.tensor([3, 1, 19, 7])
+    losses, gradients = [], []
+    for precision in ('fp32', 'bf16'):
+        torch.manual_seed(8)
+        system = make_system(C=64, precision=precision, device='cpu')
+        loss, _ = system(waves, labels)
+        loss.backward()
+        assert loss.dtype == torch.float32
+        losses.append(loss.item())
+        gradients.append(system.speaker_encoder.layer1.conv1.weight.grad.flatten())
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in system.parameters())
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert losses[0] != losses[1], 'bfloat16 was not used'
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.98
+
+
+def test_the_loader_is_named_where_it_is_the_bottleneck(tree, capsys):
+    class Slow:
+        def __len__(self):
+            return 30
+
+        def __iter__(self):
+            for _ in range(30):
+                time.sleep(0.01)
+                yield torch.randn(2, 1040), torch.tensor([0, 1])
+
+    system = make_system(C=8)
+    system.train_step = lambda audio, labels: torch.zeros(2)
+    system.train_network(1, Slow())
+    system.train_network(2, Slow())
+    assert capsys.readouterr().err.count('waited for data') == 1

@@ -1,0 +1,136 @@
+"""Two processes train as one does: same epoch, same gradients, same evaluation, files written once."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import command_line
+
+from dataLoader import make_batches, train_loader
+from ECAPAModel import ECAPAModel, read_checkpoint
+from tools import process_rank, read_scores
+
+ROOT = Path(__file__).parents[1]
+SMALL = {'C': 8, 'num_frames': 20, 'batch_size': 4, 'n_cpu': 1, 'max_epoch': 2, 'device': 'cpu'}
+
+
+def torchrun(script, *arguments, restarts=0, cwd):
+    """Runs a script in two processes of this machine; returns the finished launcher."""
+    launcher = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', f'--max-restarts={restarts}']
+    command = [*launcher, '--rdzv-backend=c10d', '--rdzv-endpoint=localhost:0', str(script), *arguments]
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'GLOO_SOCKET_IFNAME': 'lo', 'PYTHONPATH': str(ROOT)}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def in_two_processes(options, folder):
+    """What each process saves in `folder`; runs under torchrun, at the end of this file."""
+    torch.distributed.init_process_group('gloo')
+    torch.save(part_of_training(options), f'{folder}/{process_rank()}.pt')
+    torch.distributed.destroy_process_group()
+
+
+def part_of_training(options):
+    """Indices of an epoch, gradients of its first batch without batch norm statistics, and weights after two steps."""
+    dataset = train_loader(**options, num_frames=20, seed=1)
+    loader = make_batches(dataset, batch_size=6, n_cpu=0)
+    indices = [[index for _, index in batch] for batch in loader.batch_sampler]
+    torch.manual_seed(1)
+    system = ECAPAModel(lr=0.001, lr_decay=0.97, C=8, n_class=4, m=0.2, s=30, test_step=1, device='cpu')
+    system.speaker_encoder.specaug = torch.nn.Identity()
+    system.eval()
+    audio, labels = next(iter(loader))
+    system.replicas[0](audio, labels)[0].backward()
+    gradients = {name: p.grad.clone() for name, p in system.named_parameters()}
+    system.train()
+    for audio, labels in loader:
+        system.train_step(audio, labels)
+    embeddings = system.embed_files([dataset.path(i) for i in range(5)])
+    return {
+        'indices': indices,
+        'gradients': gradients,
+        'weights': system.state_dict(),
+        'embeddings': torch.from_numpy(embeddings),
+    }
+
+
+@pytest.mark.slow
+def test_two_processes_share_an_epoch_and_agree(tree, tmp_path):
+    options = command_line(**tree)
+    done = torchrun(__file__, str(tmp_path), *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f'{rank}.pt') for rank in (0, 1))
+    alone = part_of_training(tree)
+    assert len(alone['indices']) == 2
+    assert [a + b for a, b in zip(first['indices'], second['indices'])] == alone['indices']
+    for name, gradient in alone['gradients'].items():
+        assert torch.equal(first['gradients'][name], second['gradients'][name])
+        scale = gradient.abs().max().item()
+        np.testing.assert_allclose(first['gradients'][name], gradient, atol=1e-4 * scale + 1e-7, err_msg=name)
+    assert all(torch.equal(first['weights'][p], second['weights'][p]) for p in alone['gradients'])
+    assert torch.equal(first['embeddings'], second['embeddings'])
+    fresh = ECAPAModel(lr=0.001, lr_decay=0.97, C=8, n_class=4, m=0.2, s=30, test_step=1, device='cpu')
+    fresh.load_state_dict(first['weights'])
+    names = [f'{tree["train_path"]}/id{n // 3}/session/{n % 3:05d}.wav' for n in range(5)]
+    np.testing.assert_allclose(fresh.embed_files(names), first['embeddings'], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_command_under_torchrun(tree, tmp_path):
+    done = torchrun(ROOT / 'trainECAPAModel.py', *command_line(**{**SMALL, **tree}), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert '2 processes on cpu' in done.stdout
+    for line in ('start         afresh', 'epoch 2, LR', 'epochs are done'):
+        assert done.stdout.count(line) == 1
+    folder = Path(tree['save_path'])
+    assert [score[0] for score in read_scores(folder / 'score.txt')] == [1, 2]
+    assert sorted(os.listdir(folder / 'model')) == [f'model_{n:04d}.{kind}' for n in (1, 2) for kind in ('model', 'state')]
+
+    options = {name: tree[name] for name in ('eval_list', 'eval_path')}
+    options = command_line('--eval', initial_model=folder / 'model/model_0002.model', device='cpu', **options)
+    both = torchrun(ROOT / 'trainECAPAModel.py', *options, cwd=tmp_path)
+    alone = subprocess.run([sys.executable, ROOT / 'trainECAPAModel.py', *options], capture_output=True, text=True)
+    figures = [re.search(r'EER.*', run.stdout)[0] for run in (both, alone)]
+    assert figures[0] == figures[1]
+
+
+@pytest.mark.slow
+def test_a_restarted_job_goes_on_after_the_last_checkpoint(tree, tmp_path):
+    """One of the two processes is killed after the first epoch; torchrun starts both again."""
+    script = tmp_path / 'killed.py'
+    script.write_text(
+        'import os, signal, trainECAPAModel\n'
+        'from pathlib import Path\n'
+        'test = trainECAPAModel.test\n'
+        'def killed_once(*args, **kwargs):\n'
+        '    test(*args, **kwargs)\n'
+        '    if os.environ["RANK"] == "1" and not Path("killed").exists():\n'
+        '        Path("killed").touch()\n'
+        '        os.kill(os.getpid(), signal.SIGKILL)\n'
+        'trainECAPAModel.test = killed_once\n'
+        'trainECAPAModel.main()\n'
+    )
+    done = torchrun(script, *command_line(**{**SMALL, **tree}), restarts=1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert 'after epoch 1' in done.stdout
+    assert [score[0] for score in read_scores(tree['save_path'] + '/score.txt')] == [1, 2]
+    read_checkpoint(tree['save_path'] + '/model/model_0002.model')
+
+
+@pytest.mark.slow
+def test_what_is_wrong_is_said_once(tree, tmp_path):
+    os.remove(tree['eval_list'])
+    done = torchrun(ROOT / 'trainECAPAModel.py', *command_line(**{**SMALL, **tree}), cwd=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count('--eval_list') == 1
+    odd = torchrun(ROOT / 'trainECAPAModel.py', *command_line(**{**SMALL, **tree, 'batch_size': 5}), cwd=tmp_path)
+    assert '--batch_size 5 cannot be divided by the 2 processes' in odd.stderr
+
+
+if __name__ == '__main__':
+    folder, *pairs = sys.argv[1:]
+    in_two_processes({name.removeprefix('--'): value for name, value in zip(pairs[::2], pairs[1::2])}, folder)
