@@ -206,7 +206,11 @@ class ECAPAModel(nn.Module):
                 frames = [x.shape[2] for _, x in batch]
                 padded = torch.cat([nn.functional.pad(x, (0, longest - x.shape[2])) for _, x in batch])
                 lengths = None if min(frames) == longest else torch.tensor(frames, device=self.device)
-                embedding = nn.functional.normalize(self.speaker_encoder.encode(padded, lengths))
+                if longest > 2 * BATCH_FRAMES:
+                    embedding = self.speaker_encoder.encode_long(padded, BATCH_FRAMES)
+                else:
+                    embedding = self.speaker_encoder.encode(padded, lengths)
+                embedding = nn.functional.normalize(embedding)
                 embeddings[[index for index, _ in batch], side] = embedding.view(len(batch), count, -1).mean(dim=1)
 
     @staticmethod

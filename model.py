@@ -28,8 +28,10 @@ class SEModule(nn.Module):
             nn.Sigmoid(),
         )
 
-    def forward(self, input, mask=None):
-        return input * self.se(mean_over_time(input, mask).unsqueeze(2))
+    def forward(self, input, mask=None, mean=None):
+        """mean: (B, channels) of the whole utterance, where the input is a part of it."""
+        mean = mean_over_time(input, mask) if mean is None else mean
+        return input * self.se(mean.unsqueeze(2))
 
 
 class Bottle2neck(nn.Module):
@@ -55,7 +57,11 @@ class Bottle2neck(nn.Module):
         self.se = SEModule(planes)
         self.width = width
 
-    def forward(self, x, mask=None):
+    def forward(self, x, mask=None, mean=None):
+        return self.se(self.residual(x, mask), mask, mean) + x
+
+    def residual(self, x, mask=None):
+        """What squeeze-excitation scales and the block adds to its input: (B, planes, T)."""
         groups = self.bn1(self.relu(self.conv1(x))).split(self.width, dim=1)
         outputs = []
         for group, conv, bn in zip(groups, self.convs, self.bns):
@@ -63,8 +69,7 @@ class Bottle2neck(nn.Module):
             if mask is not None:
                 chained = chained * mask
             outputs.append(bn(self.relu(conv(chained))))
-        out = self.bn3(self.relu(self.conv3(torch.cat([*outputs, groups[-1]], dim=1))))
-        return self.se(out, mask) + x
+        return self.bn3(self.relu(self.conv3(torch.cat([*outputs, groups[-1]], dim=1))))
 
 
 class PreEmphasis(nn.Module):
@@ -175,10 +180,46 @@ class ECAPA_TDNN(nn.Module):
         x1 = self.layer1(x, mask)
         x2 = self.layer2(x + x1, mask)
         x3 = self.layer3(x + x1 + x2, mask)
-        x = self.relu(self.layer4(torch.cat((x1, x2, x3), dim=1)))
-        x = self.pool(x, mask)
+        x = self.pool(self.relu(self.layer4(torch.cat((x1, x2, x3), dim=1))), mask)
         with torch.autocast(x.device.type, enabled=False):
             return self.bn6(self.fc6(self.bn5(x)))
+
+    def encode_long(self, x, size):
+        """Embedding (1, 192) of features (1, 80, T), as encode in evaluation mode, `size` frames at a time.
+
+        Memory does not grow with T; the price is that every mean over time takes a pass of its own over the blocks.
+        """
+        # As far as the convolutions see to either side: k5, then three chains of seven k3 with dilation 2, 3 and 4.
+        margin, frames = 2 + 7 * (2 + 3 + 4), x.shape[2]
+        layers, means = (self.layer1, self.layer2, self.layer3), []
+
+        def blocks():
+            for start in range(0, frames, size):
+                at = torch.arange(start - margin, min(start + size, frames) + margin, device=x.device)
+                mask = ((at >= 0) & (at < frames)).to(x.dtype).view(1, 1, -1)
+                h, outputs = self.bn1(self.relu(self.conv1(x[:, :, at.clamp(0, frames - 1)] * mask))), []
+                for layer, mean in zip(layers, means):
+                    outputs.append(layer(h, mask, mean))
+                    h = h + outputs[-1]
+                if len(means) < 3:
+                    yield layers[len(means)].residual(h, mask)[:, :, margin:-margin]
+                else:
+                    yield self.relu(self.layer4(torch.cat(outputs, dim=1)))[:, :, margin:-margin]
+
+        while len(means) < 3:
+            means.append(sum(block.double().sum(dim=2) for block in blocks()).float() / frames)
+        mean = sum(block.double().sum(dim=2) for block in blocks()) / frames
+        squares = sum(((block - mean.unsqueeze(2)) ** 2).sum(dim=2) for block in blocks())
+        context = self.context(mean.float(), (squares / (frames - 1)).float())
+        # Softmax over all blocks: the sums so far are scaled down whenever a larger logit is met.
+        top, sums = torch.full_like(mean, -torch.inf), 0
+        for block in blocks():
+            logits = self.attention_logits(block, context).double()
+            new = torch.maximum(top, logits.amax(dim=2))
+            weights = (logits - new.unsqueeze(2)).exp()
+            moments = torch.stack([weights, weights * block, weights * block * block]).sum(dim=3)
+            top, sums = new, sums * (top - new).exp() + moments
+        return self.bn6(self.fc6(self.bn5(self.statistics(*(sums[1:] / sums[0])).float())))
 
     def pool(self, x, mask=None):
         """Attentive statistics with global context (paper, section 3.2): (B, 1536, T) -> float32 (B, 3072)."""
@@ -189,18 +230,30 @@ class ECAPA_TDNN(nn.Module):
         else:
             count = mask.sum(dim=2)
             variance = mean_over_time((values - mean.unsqueeze(2)) ** 2, mask) * count / (count - 1)
-        std = variance.clamp(min=1e-4).sqrt()
-        # The mean and the deviation are the same in every frame, so their part of the first 1x1 convolution over
-        # [x, mean, std] is one vector an utterance.
-        first, *rest = self.attention
-        over_frames, over_context = first.weight.squeeze(2).split([1536, 3072], dim=1)
-        context = F.linear(torch.cat((mean, std), dim=1), over_context, first.bias)
-        w = F.conv1d(x, over_frames.unsqueeze(2)) + context.unsqueeze(2)
-        for layer in rest[:-1]:
-            w = layer(w)
+        w = self.attention_logits(x, self.context(mean, variance))
         if mask is not None:
             w = w.masked_fill(mask == 0, -torch.inf)
-        w = rest[-1](w.float())
-        mu = (values * w).sum(dim=2)
-        sigma = ((values * values * w).sum(dim=2) - mu * mu).clamp(min=1e-4).sqrt()
-        return torch.cat((mu, sigma), dim=1)
+        w = self.attention[-1](w.float())
+        return self.statistics((values * w).sum(dim=2), (values * values * w).sum(dim=2))
+
+    def context(self, mean, variance):
+        """What an utterance's mean and variance over time (B, 1536) add to the first attention layer: (B, 256, 1).
+
+        The two are the same in every frame, so their part of that layer's 1x1 convolution over [x, mean, std] is one
+        vector an utterance.
+        """
+        first = self.attention[0]
+        inputs = torch.cat((mean, variance.clamp(min=1e-4).sqrt()), dim=1)
+        return F.linear(inputs, first.weight[:, 1536:, 0], first.bias).unsqueeze(2)
+
+    def attention_logits(self, x, context):
+        """Attention (B, 1536, T) before the softmax over time, of x (B, 1536, T)."""
+        w = F.conv1d(x, self.attention[0].weight[:, :1536]) + context
+        for layer in self.attention[1:-1]:
+            w = layer(w)
+        return w
+
+    @staticmethod
+    def statistics(mean, mean_square):
+        """[mean, standard deviation] (B, 3072) from weighted means (B, 1536) of x and of its square."""
+        return torch.cat((mean, (mean_square - mean * mean).clamp(min=1e-4).sqrt()), dim=1)

@@ -76,10 +76,19 @@ def test_padded_batches_equal_single_utterances(lengths):
     np.testing.assert_allclose(batch, alone, atol=2e-5)
 
 
+@pytest.mark.parametrize('size', [37, 100, 1000])
+def test_long_utterances_block_by_block(size):
+    encoder = portable_system(64).speaker_encoder.eval()
+    with torch.no_grad():
+        features = encoder.features(torch.from_numpy(wave(1, 48000))[None])
+        found, expected = encoder.encode_long(features, size), encoder.encode(features)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
 def test_evaluation_equals_one_file_at_a_time(tree, monkeypatch):
     monkeypatch.setattr('ECAPAModel.BATCH_FRAMES', 1000)
     monkeypatch.setattr('ECAPAModel.WINDOW_FRAMES', 2000)
-    for number, samples in enumerate((700, 16000, 160000, 48240)):
+    for number, samples in enumerate((700, 16000, 400000, 48240)):
         write_wav(f'{tree["eval_path"]}/id{number}/session/00000.wav', 0.5 * wave(number, samples))
     files, labels, pairs = read_trials(tree['eval_list'])
     paths = [os.path.join(tree['eval_path'], name) for name in files]
@@ -167,7 +176,8 @@ def test_mapped_and_read_files_agree(tmp_path, subtype, tolerance):
 def test_fork_and_spawn_give_the_same_batches(tree):
     dataset = train_loader(**{**tree, 'num_frames': 50, 'seed': 3})
     batches = [
-        [audio for audio, _ in make_batches(dataset, 4, 2, multiprocessing_context=start)] for start in ('fork', 'spawn')
+        [audio for audio, _ in make_batches(dataset, 4, 2, multiprocessing_context=start)]
+        for start in ('fork', 'spawn')
     ]
     assert all(torch.equal(a, b) for a, b in zip(*batches))
 
@@ -216,9 +226,7 @@ def test_the_body_of_the_encoder_is_one_graph():
     system = make_system()
     features = torch.randn(2, 80, 50)
     compiled = torch.compile(system.speaker_encoder.encode, backend='eager', fullgraph=True)
-    np.testing.assert_allclose(
-        compiled(features).detach(), system.speaker_encoder.encode(features).detach(), atol=1e-5
-    )
+    np.testing.assert_allclose(compiled(features).detach(), system.speaker_encoder.encode(features).detach(), atol=1e-5)
 
 
 def test_bfloat16_is_close_and_keeps_the_loss_in_float32():

@@ -88,7 +88,9 @@ def test_the_command_under_torchrun(tree, tmp_path):
         assert done.stdout.count(line) == 1
     folder = Path(tree['save_path'])
     assert [score[0] for score in read_scores(folder / 'score.txt')] == [1, 2]
-    assert sorted(os.listdir(folder / 'model')) == [f'model_{n:04d}.{kind}' for n in (1, 2) for kind in ('model', 'state')]
+    assert sorted(os.listdir(folder / 'model')) == [
+        f'model_{n:04d}.{kind}' for n in (1, 2) for kind in ('model', 'state')
+    ]
 
     options = {name: tree[name] for name in ('eval_list', 'eval_path')}
     options = command_line('--eval', initial_model=folder / 'model/model_0002.model', device='cpu', **options)

@@ -14,7 +14,8 @@ import os
 import shutil
 import sys
 import zlib
-from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import soundfile
@@ -28,7 +29,8 @@ HOP = 128  # samples from one vocal tract shape to the next, 8 ms
 N_FFT = 1024  # room for a frame of 2 * HOP samples and the ringing of the formants after it
 MARKER = 'corpus.json'
 FOLDERS = ('VoxCeleb2', 'VoxCeleb1', 'musan_split', 'simulated_rirs')
-TRAIN, TEST, SPEECH, MUSIC, NOISE, ROOM = range(6)  # what a random generator is seeded for
+CLIP = 5 * RATE  # samples of a piece of MUSAN
+ROOMS = {'smallroom': (2, 10), 'mediumroom': (10, 30), 'largeroom': (30, 50)}  # shortest and longest side, m
 TRIALS_PER_PAIR = 12  # non-target trials of each pair of test speakers
 
 # First three formants in Hz, men's averages: Peterson and Barney, JASA 24, 1952, table II.
@@ -70,40 +72,25 @@ HIGHER_FORMANTS = (3500, 4500, 5500, 6500, 7500)  # of a neutral tract 17.5 cm l
 BANDWIDTHS = np.array((60, 90, 140, 200, 250, 350, 450, 550))  # of the eight formants, Hz
 
 
-@dataclass
-class Voice:
-    """What makes a speaker: the source first, then the vocal tract, then habits."""
-
-    pitch: float  # mean fundamental frequency, Hz
-    melody: float  # deviation of the pitch from phone to phone, semitones
-    jitter: float  # deviation of a cycle's length, relative
-    shimmer: float  # deviation of a cycle's amplitude, relative
-    open_quotient: float  # part of a cycle in which the glottis is open
-    tilt: float  # Hz above which the source falls off by another 6 dB per octave
-    breath: float  # amplitude of the turbulence at the glottis, relative to the pulses
-    tract: float  # formants relative to the average man's, the inverse of the tract's relative length
-    offsets: np.ndarray  # (8,) each formant relative to what `tract` alone makes it
-    bandwidths: np.ndarray  # (8,) Hz
-    accent: np.ndarray  # (phones, 3) the speaker's own formants of each phone, relative
-    pace: float  # length of a phone, relative
-
-
 def draw_voice(rng):
-    """A Voice: a man's or a woman's pitch and tract, which overlap, and everything else whatever the sex."""
+    """A speaker: a man's or a woman's pitch and tract, which overlap, and the rest whatever the sex."""
     woman = rng.random() < 0.5
-    return Voice(
-        pitch=np.exp(rng.uniform(*np.log((145, 280) if woman else (80, 165)))),
-        tract=rng.uniform(1.0, 1.25) if woman else rng.uniform(0.8, 1.08),
-        melody=rng.uniform(0.6, 2.5),
-        jitter=rng.uniform(0.003, 0.02),
-        shimmer=rng.uniform(0.02, 0.12),
-        open_quotient=rng.uniform(0.45, 0.8),
-        tilt=np.exp(rng.uniform(*np.log((1500, 8000)))),
-        breath=np.exp(rng.uniform(*np.log((0.01, 0.15)))),
-        offsets=rng.uniform(0.92, 1.08, 8),
-        bandwidths=BANDWIDTHS * rng.uniform(0.7, 1.5, 8),
-        accent=rng.normal(1, 0.03, (len(TARGETS), 3)),
-        pace=rng.uniform(0.8, 1.25),
+    return SimpleNamespace(
+        # The source.
+        pitch=np.exp(rng.uniform(*np.log((145, 280) if woman else (80, 165)))),  # mean fundamental frequency, Hz
+        melody=rng.uniform(0.6, 2.5),  # deviation of the pitch from phone to phone, semitones
+        jitter=rng.uniform(0.003, 0.02),  # deviation of a cycle's length, relative
+        shimmer=rng.uniform(0.02, 0.12),  # deviation of a cycle's amplitude, relative
+        open_quotient=rng.uniform(0.45, 0.8),  # part of a cycle in which the glottis is open
+        tilt=np.exp(rng.uniform(*np.log((1500, 8000)))),  # Hz above which another 6 dB per octave are lost
+        breath=np.exp(rng.uniform(*np.log((0.01, 0.15)))),  # amplitude of the turbulence, relative to the pulses
+        # The vocal tract.
+        tract=rng.uniform(1.0, 1.25) if woman else rng.uniform(0.8, 1.08),  # average man's length over the own length
+        offsets=rng.uniform(0.92, 1.08, 8),  # of each formant, relative
+        bandwidths=BANDWIDTHS * rng.uniform(0.7, 1.5, 8),  # Hz
+        # Habits.
+        accent=rng.normal(1, 0.03, (len(TARGETS), 3)),  # the own formants of each phone, relative
+        pace=rng.uniform(0.8, 1.25),  # length of a phone, relative
     )
 
 
@@ -267,33 +254,38 @@ def draw_session(rng):
 
 
 def write_wave(path, wave):
-    """Writes (samples,) as 16-bit wav, turned down if it would clip; returns its seconds."""
+    """Writes (samples,) as 16-bit wav, turned down if it would clip; returns how many samples."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     wave = wave * min(1, 0.99 / np.abs(wave).max())
     soundfile.write(path, np.round(wave * 32767).astype(np.int16), RATE)
-    return len(wave) / RATE
+    return len(wave)
 
 
-def write_speaker(folder, speaker, names, seconds, seed):
-    """Writes the utterances `names`, SESSION/FILE, of a new speaker, `seed` being that of the speaker."""
+def write_speaker(folder, names, seconds, seed):
+    """Writes the utterances `names`, SESSION/FILE, of a new speaker; returns how many samples."""
     rng = np.random.default_rng(seed)
-    voice, sessions = draw_voice(rng), {}
-    written = 0
+    voice, sessions, samples = draw_voice(rng), {}, 0
     for name in names:
         session = os.path.dirname(name)
         if session not in sessions:
             sessions[session] = draw_session(rng)
         record, transpose = sessions[session]
         wave = record(speak(rng, voice, seconds * rng.uniform(0.75, 1.25), transpose))
-        written += write_wave(os.path.join(folder, speaker, name), wave)
-    return written
+        samples += write_wave(os.path.join(folder, name), wave)
+    return samples
 
 
-def write_speech(path, seed):
-    """Writes 5 s of a voice of its own, for babble."""
+def write_clip(path, sound, seed):
+    """Writes 5 s of sound(rng), at a level of its own; returns how many samples."""
     rng = np.random.default_rng(seed)
+    wave = sound(rng)[:CLIP]
+    return write_wave(path, 10 ** (rng.uniform(-35, -15) / 20) * wave / wave.std())
+
+
+def babble(rng):
+    """A voice that is in neither list, a little over 5 s (samples,)."""
     record, _ = draw_session(rng)
-    return write_wave(path, record(speak(rng, draw_voice(rng), 5))[: 5 * RATE])
+    return record(speak(rng, draw_voice(rng), CLIP / RATE))
 
 
 def pluck(rng, frequency, samples):
@@ -306,46 +298,42 @@ def pluck(rng, frequency, samples):
     return lfilter([1], loop, burst)
 
 
-def write_music(path, seed):
-    """Writes 5 s of music: four chords of a key, broken or struck on the beat, over a bass and sometimes a drum."""
-    rng = np.random.default_rng(seed)
-    wave = np.zeros(10 * RATE)
+def music(rng):
+    """The chords of a key, broken or struck on the beat, over a bass and sometimes a drum (samples,)."""
+    wave = np.zeros(CLIP + RATE)
     key, beat = rng.uniform(110, 220), int(RATE * rng.uniform(0.25, 0.5))
     broken, drum = rng.random(2) < 0.5
     chords = rng.permutation([(0, 4, 7), (5, 9, 12), (7, 11, 14), (9, 12, 16)])
-    for step, start in enumerate(range(0, 5 * RATE, beat)):
+    for step, start in enumerate(range(0, CLIP, beat)):
         chord = chords[step // 4 % 4]
-        notes = [chord[step % 3] + 12] if broken else chord
-        for semitones in (*notes, chord[0] - 12) if step % 2 == 0 else notes:
+        notes = [chord[step % 3] + 12] if broken else list(chord)
+        if step % 2 == 0:
+            notes.append(chord[0] - 12)
+        for semitones in notes:
             wave[start : start + RATE] += rng.uniform(0.5, 1) * pluck(rng, key * 2 ** (semitones / 12), RATE)
         if drum:
-            wave[start : start + RATE // 8] += rng.standard_normal(RATE // 8) * np.geomspace(1, 1e-3, RATE // 8)
-    wave = wave[: 5 * RATE]
-    return write_wave(path, 10 ** (rng.uniform(-30, -15) / 20) * wave / wave.std())
+            wave[start : start + 2000] += rng.standard_normal(2000) * np.geomspace(1, 1e-3, 2000)
+    return wave
 
 
-def write_noise(path, seed):
-    """Writes 5 s of one of five noises: a hiss, gusts of wind, a motor, a clatter, a ringing."""
-    rng = np.random.default_rng(seed)
-    kind, samples = seed[-1] % 5, 5 * RATE
-    time = np.arange(samples) / RATE
-    wave = coloured_noise(rng, samples, rng.uniform(0, 6))
+def noise(rng):
+    """A hiss, gusts of wind, a motor, a clatter or a ringing (samples,)."""
+    kind, time = rng.integers(5), np.arange(CLIP) / RATE
+    hiss = coloured_noise(rng, CLIP, rng.uniform(0, 6))
     if kind == 1:
-        wave = coloured_noise(rng, samples, 8) * np.exp(np.interp(time, np.arange(6), rng.normal(0, 1, 6)))
-    elif kind == 2:
-        harmonics = np.arange(1, 40)[:, None]
-        phase = 2 * np.pi * (rng.uniform(25, 120) * time + rng.uniform(0, 1) * np.sin(2 * np.pi * time / 4))
-        hum = (rng.exponential(1 / harmonics) * np.sin(harmonics * phase)).sum(axis=0)
-        wave = hum / hum.std() + 0.3 * wave
-    elif kind == 3:
-        knocks = rng.standard_normal(samples) * (rng.random(samples) < rng.uniform(3, 30) / RATE)
+        return coloured_noise(rng, CLIP, 8) * np.exp(np.interp(time, np.arange(6), rng.normal(0, 1, 6)))
+    if kind == 2:
+        turns = rng.uniform(25, 120) * time + rng.uniform(0, 1) * np.sin(2 * np.pi * time / 4)
+        motor = sum(rng.exponential(1 / k) * np.sin(2 * np.pi * k * turns) for k in range(1, 40))
+        return motor + 0.5 * hiss
+    if kind == 3:
+        knocks = rng.standard_normal(CLIP) * (rng.random(CLIP) < rng.uniform(3, 30) / RATE)
         angle, radius = 2 * np.pi * rng.uniform(300, 4000) / RATE, np.exp(-1 / (RATE * rng.uniform(0.002, 0.05)))
-        knocks = lfilter([1], [1, -2 * radius * np.cos(angle), radius**2], knocks)
-        wave = knocks / (knocks.std() + 1e-9) + 0.02 * wave
-    elif kind == 4:
+        return lfilter([1], [1, -2 * radius * np.cos(angle), radius**2], knocks) + 0.002 * hiss
+    if kind == 4:
         tones = np.sin(2 * np.pi * rng.uniform(400, 3000, (2, 1)) * time).sum(axis=0)
-        wave = tones * (np.sin(2 * np.pi * rng.uniform(0.3, 3) * time) > 0) + 0.03 * wave
-    return write_wave(path, 10 ** (rng.uniform(-35, -15) / 20) * wave / wave.std())
+        return tones * (np.sin(2 * np.pi * rng.uniform(0.3, 3) * time) > 0) + 0.03 * hiss
+    return hiss
 
 
 def write_room(folder, size, positions, seed):
@@ -364,7 +352,7 @@ def write_room(folder, size, positions, seed):
     mirrored = np.array(list(itertools.product((0, 1), repeat=3)))
     bounces = (np.abs(cells - mirrored) + np.abs(cells)).sum(axis=2)
     time = np.arange(int(decay * RATE)) / RATE
-    written = 0
+    samples = 0
     for position in range(1, positions + 1):
         source, microphone = rng.uniform(0.1, 0.9, (2, 3)) * sides
         images = (1 - 2 * mirrored) * source + 2 * cells * sides
@@ -375,8 +363,11 @@ def write_room(folder, size, positions, seed):
         tail *= np.sqrt(13.8 / (decay * RATE)) / (0.057 * np.sqrt(volume / decay))
         np.add.at(tail, delay[early], (1 - absorption) ** (bounces[early] / 2) / distance[early])
         name = os.path.basename(folder)
-        written += write_wave(os.path.join(folder, f'{name}-{position:05d}.wav'), tail / np.abs(tail).max())
-    return written
+        samples += write_wave(os.path.join(folder, f'{name}-{position:05d}.wav'), tail / np.abs(tail).max())
+    return samples
+
+
+CLIPS = {'speech': (babble, 16), 'music': (music, 12), 'noise': (noise, 20)}  # what makes them, and how many
 
 
 def make_trials(files, rng):
@@ -397,41 +388,29 @@ def make_trials(files, rng):
 
 
 def plan(out, train_speakers, test_speakers, utterances, seconds, seed):
-    """What there is to make: a list of (function, arguments), and {speaker: paths} of either list.
+    """What there is to make: a list of jobs, and {speaker: paths} of either list.
 
-    Every piece is seeded by its kind and number, so the corpus does not depend on the order of the work.
+    Every piece has its own seed, so that the order of the work does not matter.
     """
-    # VoxCeleb has a session a video; three utterances each, but two sessions at the least.
-    sessions = max(2, utterances // 3)
-    names = [f'session{i % sessions + 1:02d}/{i // sessions + 1:05d}.wav' for i in range(utterances)]
+    sessions = max(2, utterances // 2)
+    names = sorted(f'session{i % sessions + 1:02d}/{i // sessions + 1:05d}.wav' for i in range(utterances))
     jobs, lists = [], []
     for kind, count, first, folder in (
-        (TRAIN, train_speakers, 12, 'VoxCeleb2/train/wav'),
-        (TEST, test_speakers, 10270, 'VoxCeleb1/test/wav'),
+        (0, train_speakers, 12, f'{out}/VoxCeleb2/train/wav'),
+        (1, test_speakers, 10270, f'{out}/VoxCeleb1/test/wav'),
     ):
         speakers = [f'id{first + i:05d}' for i in range(count)]
         lists.append({speaker: [f'{speaker}/{name}' for name in names] for speaker in speakers})
         for i, speaker in enumerate(speakers):
-            jobs.append((write_speaker, (f'{out}/{folder}', speaker, names, seconds, [seed, kind, i])))
-    for category, write, kind, count in (
-        ('speech', write_speech, SPEECH, 16),
-        ('music', write_music, MUSIC, 12),
-        ('noise', write_noise, NOISE, 20),
-    ):
+            jobs.append(partial(write_speaker, f'{folder}/{speaker}', names, seconds, [seed, kind, i]))
+    for kind, (category, (sound, count)) in enumerate(CLIPS.items(), 2):
         for i in range(count):
             path = f'{out}/musan_split/{category}/synthetic/{category}-synthetic-{i:04d}/00000.wav'
-            jobs.append((write, (path, [seed, kind, i])))
-    sizes = {'smallroom': (2, 10), 'mediumroom': (10, 30), 'largeroom': (30, 50)}
-    for number, (room, i) in enumerate(itertools.product(sizes, range(1, 6))):
-        folder = f'{out}/simulated_rirs/{room}/Room{i:03d}'
-        jobs.append((write_room, (folder, sizes[room], 3, [seed, ROOM, number])))
+            jobs.append(partial(write_clip, path, sound, [seed, kind, i]))
+    for i, (room, number) in enumerate(itertools.product(ROOMS, range(1, 6))):
+        folder = f'{out}/simulated_rirs/{room}/Room{number:03d}'
+        jobs.append(partial(write_room, folder, ROOMS[room], 3, [seed, 5, i]))
     return jobs, lists
-
-
-def run_job(job):
-    """Calls (function, arguments); returns the function and the seconds of audio that it wrote."""
-    function, arguments = job
-    return function, function(*arguments)
 
 
 def claim(out, settings):
@@ -489,31 +468,33 @@ def make_corpus(out, train_speakers=64, test_speakers=20, utterances=12, seconds
         print(f'{out}: the corpus is there already, complete')
         return
     jobs, (train, test) = plan(out, train_speakers, test_speakers, utterances, seconds, seed)
-    written = dict.fromkeys((function for function, _ in jobs), 0.0)
-    for function, length in tqdm(run(jobs, processes), desc='voices', total=len(jobs), unit='file', disable=None):
-        written[function] += length
-    trials = make_trials(test, np.random.default_rng([seed, TEST, test_speakers]))
+    samples = sum(tqdm(run(jobs, processes), desc='making voices', total=len(jobs), disable=None))
+    trials = make_trials(test, np.random.default_rng([seed, 6]))
     write_lines(f'{out}/VoxCeleb2/train_list.txt', [f'{s} {path}' for s, paths in train.items() for path in paths])
     write_lines(f'{out}/VoxCeleb1/veri_test2.txt', trials)
     write_marker(out, settings, complete=True)
+    clips = ', '.join(f'{count} {category}' for category, (_, count) in CLIPS.items())
     print(
-        f'{out}/VoxCeleb2: {train_speakers} speakers, {train_speakers * utterances} utterances to train on\n'
-        f'{out}/VoxCeleb1: {test_speakers} other speakers, {test_speakers * utterances} utterances, '
-        f'{len(trials)} trials\n'
-        f'{written[write_speaker] / 60:.0f} minutes of voices in all\n'
-        f'{out}/musan_split: {written[write_speech]:.0f} s of speech, {written[write_music]:.0f} s of music, '
-        f'{written[write_noise]:.0f} s of noise\n'
-        f'{out}/simulated_rirs: impulse responses of {sum(job[0] is write_room for job in jobs)} rooms'
+        f'{out}/VoxCeleb2       {train_speakers} speakers, {train_speakers * utterances} utterances to train on\n'
+        f'{out}/VoxCeleb1       {test_speakers} others, {test_speakers * utterances} utterances, {len(trials)} trials\n'
+        f'{out}/musan_split     {clips} clips\n'
+        f'{out}/simulated_rirs  {len(ROOMS) * 15} impulse responses of {len(ROOMS) * 5} rooms\n'
+        f'{samples / RATE / 60:.0f} minutes of audio in all'
     )
 
 
 def run(jobs, processes):
-    """Results of run_job in the order of the jobs, which `processes` processes share."""
+    """What the jobs return, in their order; `processes` processes share them."""
     if processes == 1:
-        yield from map(run_job, jobs)
+        yield from map(call, jobs)
     else:
         with multiprocessing.Pool(processes) as pool:
-            yield from pool.imap(run_job, jobs)
+            yield from pool.imap(call, jobs)
+
+
+def call(job):
+    """Calls a job, in the process that got it."""
+    return job()
 
 
 def write_lines(path, lines):
