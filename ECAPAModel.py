@@ -76,12 +76,13 @@ class ECAPAModel(nn.Module):
         self.device = choose_device(device)
         self.n_cpu = n_cpu
         self.warned = False
+        cuda = self.device.type == 'cuda'
         if precision == 'auto':
-            precision = 'bf16' if self.device.type == 'cuda' and torch.cuda.is_bf16_supported() else 'fp32'
+            precision = 'bf16' if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else 'fp32'
         self.precision = precision
         self.speaker_encoder = ECAPA_TDNN(C=C).to(self.device)
         self.speaker_loss = AAMsoftmax(n_class=n_class, m=m, s=s).to(self.device)
-        if process_count() > 1 and self.device.type == 'cuda':
+        if process_count() > 1 and cuda:
             self.speaker_encoder = nn.SyncBatchNorm.convert_sync_batchnorm(self.speaker_encoder)
         self.encode = torch.compile(self.speaker_encoder.encode) if compile else self.speaker_encoder.encode
         self.optim = torch.optim.Adam(self.parameters(), lr=lr, weight_decay=2e-5, fused=True)

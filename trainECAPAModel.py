@@ -290,6 +290,8 @@ def main(argv=None):
     try:
         join_processes(args)
         evaluate(args) if args.eval else train(args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except BadInput as error:
         # From a worker process the error comes wrapped in the worker's traceback.
         print('error: ' + str(error).rpartition('BadInput: ')[2].strip(), file=sys.stderr)
