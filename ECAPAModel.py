@@ -6,12 +6,13 @@ import sys
 import time
 import warnings
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataLoader import EvalUtterances, eval_crops, read_trials
+from dataLoader import EvalUtterances, eval_crops, read_train_list, read_trial_lists
 from loss import AAMsoftmax
 from model import ECAPA_TDNN
 from tools import (
@@ -51,7 +52,9 @@ class ECAPAModel(nn.Module):
     lr: learning rate of Adam, multiplied by lr_decay every test_step epochs; C: channels of the encoder; n_class:
     speakers; m, s: margin and scale of AAM-softmax; device: as in choose_device; precision: 'fp32', 'bf16' (the
     encoder's convolutions; features, pooling statistics and loss stay float32) or 'auto', bf16 on a GPU that has it;
-    compile: whether to compile the encoder's body for training; n_cpu: processes that read files in evaluation.
+    compile: whether to compile the encoder's body for training; n_cpu: processes that read files in evaluation;
+    accumulate: parts that a batch goes through the network in, to save memory; freeze_epochs: first epochs that train
+    the classifier alone.
 
     Where processes train together (torch.distributed is initialised), gradients are averaged over them, and batch norms
     use the statistics of all of them on GPUs.
@@ -70,11 +73,15 @@ class ECAPAModel(nn.Module):
         precision='auto',
         compile=False,
         n_cpu=0,
+        accumulate=1,
+        freeze_epochs=0,
         **kwargs,
     ):
         super().__init__()
         self.device = choose_device(device)
         self.n_cpu = n_cpu
+        self.accumulate = accumulate
+        self.freeze_epochs = freeze_epochs
         self.warned = False
         cuda = self.device.type == 'cuda'
         if precision == 'auto':
@@ -108,10 +115,17 @@ class ECAPAModel(nn.Module):
     def train_step(self, audio, labels):
         """One optimiser step on waveforms (B, samples) and labels (B,). Returns [loss, accuracy in percent] (2,)."""
         self.optim.zero_grad()
-        loss, accuracy = self.replicas[0](audio, labels)
-        loss.backward()
+        totals = 0
+        for part, part_labels in zip(audio.chunk(self.accumulate), labels.chunk(self.accumulate)):
+            loss, accuracy = self.replicas[0](part, part_labels)
+            share = len(part) / len(audio)
+            (loss * share).backward()
+            totals += share * torch.stack([loss.detach(), accuracy[0]])
+        if not self.speaker_encoder.training:
+            for parameter in self.speaker_encoder.parameters():
+                parameter.grad = None
         self.optim.step()
-        return torch.stack([loss.detach(), accuracy[0]])
+        return totals
 
     def train_network(self, epoch, loader):
         """One epoch over a loader of (waveforms (B, samples), labels (B,)).
@@ -120,6 +134,7 @@ class ECAPAModel(nn.Module):
         these, utterances a second and the share of the time spent waiting for data.
         """
         self.train()
+        self.speaker_encoder.train(epoch > self.freeze_epochs)
         lr = self.set_learning_rate(epoch)
         totals = torch.zeros(2, device=self.device)
         steps, waited, shown, begin = 0, 0.0, 0.0, time.perf_counter()
@@ -164,12 +179,30 @@ class ECAPAModel(nn.Module):
 
     def score_trials(self, eval_list, eval_path):
         """Scores of a trial list: (scores float32 (N,), labels int8 (N,)), in the list's order."""
-        files, labels, pairs = read_trials(eval_list)
-        embeddings = self.embed_files([os.path.join(eval_path, file) for file in files])
-        return score_pairs(embeddings, pairs), labels
+        paths, ((labels, pairs),) = read_trial_lists([eval_list], [eval_path])
+        return score_pairs(self.embed_files(paths), pairs), labels
+
+    def embed(self, paths):
+        """Unit embeddings of whole files, float32 (N, 192); other rates and channels are converted, with a note."""
+        return self.embed_files(paths, any_format=True)[:, 0]
+
+    def cohort(self, train_list, train_path, per_speaker, seed):
+        """Cohort of as_norm, (speakers, 2, 192): the mean of embed_files over some utterances of each training speaker,
+        so that a score against it is the mean of the scores against these utterances.
+        """
+        speakers, labels, names = read_train_list(train_list)
+        shuffled = np.random.default_rng(seed).permutation(len(labels))
+        shuffled = shuffled[np.argsort(labels[shuffled], kind='stable')]
+        sizes = np.bincount(labels)
+        place = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        chosen = shuffled[place < per_speaker]
+        embeddings = self.embed_files([os.path.join(train_path, names[i]) for i in chosen])
+        sums = np.zeros((len(speakers), 2, 192), np.float32)
+        np.add.at(sums, labels[chosen], embeddings)
+        return sums / np.minimum(sizes, per_speaker)[:, None, None].astype(np.float32)
 
     @torch.inference_mode()
-    def embed_files(self, paths):
+    def embed_files(self, paths, any_format=False):
         """Each file as two vectors, float32 (N, 2, 192): its whole utterance's unit embedding, and the mean of the unit
         embeddings of its five crops, so that the dot product of two means is the mean over 25 pairs of crops.
 
@@ -180,7 +213,8 @@ class ECAPAModel(nn.Module):
             # Batch norms that are not synchronised have seen other utterances in each process.
             copy_from_first(statistics)
         mine = range(process_rank(), len(paths), process_count())
-        files = DataLoader(EvalUtterances([paths[i] for i in mine]), batch_size=None, num_workers=self.n_cpu)
+        dataset = EvalUtterances([paths[i] for i in mine], any_format)
+        files = DataLoader(dataset, batch_size=None, num_workers=min(self.n_cpu, len(mine)))
         embeddings = torch.zeros(len(paths), 2, 192, device=self.device)
         whole, crops, waiting = [], [], 0
         for index, audio in zip(mine, tqdm(files, 'evaluating', unit='file', disable=self.quiet(), leave=False)):
@@ -285,6 +319,15 @@ class ECAPAModel(nn.Module):
             )
         self.load_state_dict({name: tensor for name, tensor in state.items() if name not in unfit}, strict=False)
         return unfit
+
+
+def load_model(path, **kwargs):
+    """ECAPAModel with the sizes and the weights of a checkpoint; kwargs as ECAPAModel's, such as device."""
+    C, n_class = checkpoint_sizes(read_checkpoint(path))
+    options = dict(lr=0.001, lr_decay=0.97, m=0.2, s=30, test_step=1)
+    system = ECAPAModel(**{**options, **kwargs, 'C': C, 'n_class': n_class})
+    system.load_parameters(path)
+    return system
 
 
 def read_checkpoint(path):

@@ -3,25 +3,31 @@
 All audio is 16 kHz and mono, as float32 in [-1, 1].
 """
 
+import argparse
+import collections
 import contextlib
 import functools
+import multiprocessing
 import os
+import sys
 import warnings
 from array import array
 
 import numpy as np
 import soundfile
 import torch
+import torchaudio
 from scipy.io import wavfile
 from scipy.signal import fftconvolve
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from tools import BadInput, process_count, process_rank
+from tools import BadInput, exit_on_bad_input, process_count, process_rank, write_text
 
 RATE = 16000
 EVAL_CROP = 300 * 160 + 240
 PIECE, PIECE_STEP = 5 * RATE, 3 * RATE  # a noise recording counts as its pieces of 5 s, one every 3 s
+SPEEDS = (100, 90, 110)  # percent
 NOISE_SNR = {'noise': (0, 15), 'speech': (13, 20), 'music': (5, 15)}  # dB, each clip against the utterance
 NOISE_CLIPS = {'noise': (1, 1), 'speech': (3, 8), 'music': (1, 1)}  # fewest and most clips mixed in
 
@@ -34,22 +40,27 @@ class train_loader(Dataset):
 
     dataset[index] draws from torch's generator, as any dataset; dataset[epoch, index] depends on seed, epoch and index
     alone. Raises BadInput for lists and folders that cannot be used, and for audio when it is read.
+
+    speed_perturb: adds every utterance at 0.9 and 1.1 of its speed, as of other speakers, since the pitch moves along:
+    labels S to 2 S - 1 and 2 S to 3 S - 1 of a list of S speakers.
     """
 
-    def __init__(self, train_list, train_path, musan_path, rir_path, num_frames, seed=0, **kwargs):
+    def __init__(self, train_list, train_path, musan_path, rir_path, num_frames, seed=0, speed_perturb=False, **kwargs):
         self.train_path = train_path
         self.length = num_frames * 160 + 240
         self.seed = seed
         self.speakers, self.labels, self.names = read_train_list(train_list)
+        self.speeds = SPEEDS if speed_perturb else SPEEDS[:1]
+        self.n_class = len(self.speeds) * len(self.speakers)
         self.noises = {category: NoiseFiles(os.path.join(musan_path, category)) for category in NOISE_SNR}
         self.rirs = Strings(find_audio(rir_path, '--rir_path'))
 
     def __len__(self):
-        return len(self.labels)
+        return len(self.speeds) * len(self.labels)
 
     def path(self, index):
         """Path of an utterance's file."""
-        return os.path.join(self.train_path, self.names[index])
+        return os.path.join(self.train_path, self.names[index % len(self.labels)])
 
     def __getitem__(self, index):
         if isinstance(index, tuple):
@@ -57,8 +68,12 @@ class train_loader(Dataset):
             index = index[1]
         else:
             rng = np.random.default_rng(torch.randint(2**31, (2,)).tolist())
-        audio = read_crop(self.path(index), self.length, rng)
-        return torch.from_numpy(self.augment(audio, rng)), int(self.labels[index])
+        version, utterance = divmod(index, len(self.labels))
+        speed = self.speeds[version]
+        audio = read_crop(self.path(index), -(-self.length * speed // 100), rng)
+        audio = change_rate(audio, speed, 100)[: self.length]
+        label = version * len(self.speakers) + int(self.labels[utterance])
+        return torch.from_numpy(self.augment(audio, rng)), label
 
     def augment(self, audio, rng):
         """One of six, equally likely: clean, reverberation, babble, music, noise, television (babble and music)."""
@@ -213,8 +228,7 @@ def open_audio(path):
     try:
         file = soundfile.SoundFile(path)
     except soundfile.LibsndfileError as error:
-        why = error.error_string if os.path.exists(path) else 'no such file'
-        raise BadInput(f'{path}: cannot be read as audio: {why}') from error
+        raise BadInput(f'{path}: cannot be read as audio: {why_unreadable(path, error)}') from error
     if (file.samplerate, file.channels) != (RATE, 1):
         with file:
             found = f'{file.samplerate} Hz with {file.channels} channel{"s" * (file.channels > 1)}'
@@ -223,6 +237,11 @@ def open_audio(path):
         file.close()
         raise BadInput(f'{path}: has no samples')
     return file
+
+
+def why_unreadable(path, error):
+    """libsndfile's reason, which for a missing file is no more than "System error"."""
+    return error.error_string if os.path.exists(path) else 'no such file'
 
 
 def read_audio(path):
@@ -263,6 +282,29 @@ def map_wav(path):
     return samples if fits else None
 
 
+def read_any(path):
+    """All samples of a file of any rate and number of channels that soundfile reads, as 16 kHz mono.
+
+    Returns (audio float32 (samples,), what was done to it, '' if nothing). Raises BadInput where it cannot be read.
+    """
+    try:
+        audio, rate = soundfile.read(path, dtype='float32', always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise BadInput(f'{path}: cannot be read as audio: {why_unreadable(path, error)}') from error
+    if len(audio) == 0:
+        raise BadInput(f'{path}: has no samples')
+    done = [f'{audio.shape[1]} channels averaged'] * (audio.shape[1] > 1)
+    done += [f'resampled from {rate} Hz'] * (rate != RATE)
+    return change_rate(audio.mean(axis=1), rate, RATE), ', '.join(done)
+
+
+def change_rate(audio, rate, new_rate):
+    """audio (samples,) at `rate` resampled to `new_rate`; played at an unchanged rate, it is slower or faster."""
+    if rate == new_rate:
+        return audio
+    return torchaudio.functional.resample(torch.from_numpy(audio), rate, new_rate).numpy()
+
+
 def read_samples(file, start=0, count=-1):
     """Samples of an open file from `start` on, all or `count` of them; BadInput where it ends before."""
     try:
@@ -276,16 +318,23 @@ def read_samples(file, start=0, count=-1):
 
 
 class EvalUtterances(Dataset):
-    """Whole files, as tensors (samples,)."""
+    """Whole files, as tensors (samples,). any_format: also of other rates and channels, converted with a note."""
 
-    def __init__(self, paths):
+    def __init__(self, paths, any_format=False):
         self.paths = Strings(paths)
+        self.any_format = any_format
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index):
-        return torch.from_numpy(read_audio(self.paths[index]))
+        path = self.paths[index]
+        if not self.any_format:
+            return torch.from_numpy(read_audio(path))
+        audio, done = read_any(path)
+        if done:
+            print(f'{path}: {done}', file=sys.stderr)
+        return torch.from_numpy(audio)
 
 
 def eval_crops(audio):
@@ -358,17 +407,33 @@ def read_trials(path):
     return [os.fsdecode(name) for name in index], labels, np.concatenate(pairs)
 
 
-def find_audio(folder, role):
-    """Sorted paths of all wav and flac files below a folder; BadInput if there are none."""
+def read_trial_lists(lists, folders):
+    """Several trial lists at once: (paths of all files, [(labels, pairs of indices into the paths)]).
+
+    folders: one for all lists, or one for each. A file that several lists name is there once. Raises BadInput.
+    """
+    if len(folders) not in (1, len(lists)):
+        raise BadInput(f'--eval_path: {len(folders)} folders for {len(lists)} lists; give one, or one for each')
+    index, trials = {}, []
+    for name, folder in zip(lists, folders * (len(lists) // len(folders))):
+        require(os.path.isdir, folder, '--eval_path')
+        files, labels, pairs = read_trials(name)
+        trials.append((labels, number_names(index, [os.path.join(folder, file) for file in files])[pairs]))
+    return list(index), trials
+
+
+def find_audio(folder, role, any_format=False):
+    """Sorted paths of all wav and flac files below a folder, or of all that soundfile reads; BadInput for none."""
+    endings = tuple(f'.{name.lower()}' for name in soundfile.available_formats()) if any_format else ('.wav', '.flac')
     require(os.path.isdir, folder, role)
     paths = sorted(
         os.path.join(root, name)
         for root, _, names in os.walk(folder, followlinks=True)
         for name in names
-        if name.lower().endswith(('.wav', '.flac'))
+        if name.lower().endswith(endings)
     )
     if not paths:
-        raise BadInput(f'{role}: no .wav or .flac file below {folder}')
+        raise BadInput(f'{role}: no {" or ".join(endings)} file below {folder}')
     return paths
 
 
@@ -396,3 +461,119 @@ def check_audio(paths, role):
     if complaints:
         summary = f'{role}: {len(complaints)} of {len(paths)} files checked cannot be used, the first:'
         raise BadInput('\n'.join([summary, *complaints[:20]]))
+
+
+def inspect_file(path):
+    """(seconds, rate in Hz, why the file cannot be used or '', whether it is clipped) of an audio file, read whole."""
+    try:
+        audio, rate = soundfile.read(path, dtype='float32', always_2d=True)
+    except soundfile.LibsndfileError as error:
+        return 0.0, 0, f'unreadable ({error.error_string})', False
+    seconds, peak = len(audio) / rate, np.abs(audio).max(initial=0)
+    fault = ''
+    if len(path.split()) > 1:
+        fault = 'white space in its name, which lists cannot hold'
+    elif (rate, audio.shape[1]) != (RATE, 1):
+        fault = f'{rate} Hz, {audio.shape[1]} channels; ffmpeg -i IN -ar 16000 -ac 1 OUT.wav converts it'
+    elif len(audio) < 400:
+        fault = f'{len(audio)} samples, less than a frame'
+    elif not peak > 1e-4:
+        fault = 'silent' if peak >= 0 else 'not a number'
+    return seconds, rate, fault, bool(np.mean(np.abs(audio) > 0.999) > 0.001)
+
+
+def make_trials(files, rng, exhaustive):
+    """Trial lines from {speaker: files}: all pairs, or all target pairs (20,000 at most) and as many others."""
+    names = [name for speaker in files for name in files[speaker]]
+    speakers = np.repeat(np.arange(len(files)), [len(files[speaker]) for speaker in files])
+    first, second = np.triu_indices(len(names), k=1)
+    target = speakers[first] == speakers[second]
+    if not exhaustive:
+        targets, others = np.flatnonzero(target), np.flatnonzero(~target)
+        count = min(len(targets), len(others), 20000)
+        chosen = np.sort(np.concatenate([rng.choice(kind, count, replace=False) for kind in (targets, others)]))
+        first, second, target = first[chosen], second[chosen], target[chosen]
+    return [f'{int(t)} {names[a]} {names[b]}\n' for t, a, b in zip(target, first, second)]
+
+
+def make_lists(folder, out, test_speakers=None, exhaustive=False, seed=10):
+    """Writes train_list.txt and trials.txt in `out` for a folder with a folder per speaker; prints a report.
+
+    test_speakers: how many are held out for the trials, a tenth by default. Files that cannot be used are left out and
+    named, in left_out.txt. Raises BadInput where no list can be made, or a list is there already.
+    """
+    lists = {name: os.path.join(out, name) for name in ('train_list.txt', 'trials.txt', 'left_out.txt')}
+    for path in lists.values():
+        if os.path.exists(path):
+            raise BadInput(f'{path} is there already; remove it or choose another --out')
+    paths = find_audio(folder, 'FOLDER')
+    with multiprocessing.Pool() as pool:
+        found = list(tqdm(pool.imap(inspect_file, paths, 16), 'reading', len(paths), unit='file', disable=None))
+    files, left_out = {}, []
+    for path, (_, _, fault, _) in zip(paths, found):
+        name = os.path.relpath(path, folder)
+        fault = fault or ('not in the folder of a speaker' if os.sep not in name else '')
+        if fault:
+            left_out.append(f'{name}: {fault}\n')
+        else:
+            files.setdefault(name.split(os.sep)[0], []).append(name)
+    rng = np.random.default_rng(seed)
+    several = [speaker for speaker in files if len(files[speaker]) > 1]
+    count = max(2, len(files) // 10) if test_speakers is None else test_speakers
+    if count and not 2 <= count <= min(len(several), len(files) - 2):
+        raise BadInput(
+            f'--test_speakers {count}: there must be 2 at least, and as many left to train on; {len(files)} speakers '
+            f'have usable files, {len(several)} of them more than one (--test_speakers 0: train_list.txt alone)'
+        )
+    held_out = sorted(rng.choice(several, count, replace=False).tolist()) if count else []
+    train = {speaker: names for speaker, names in files.items() if speaker not in held_out}
+    texts = {'train_list.txt': [f'{speaker} {name}\n' for speaker in train for name in train[speaker]]}
+    if held_out:
+        texts['trials.txt'] = make_trials({speaker: files[speaker] for speaker in held_out}, rng, exhaustive)
+    if left_out:
+        texts['left_out.txt'] = left_out
+    os.makedirs(out, exist_ok=True)
+    for name, lines in texts.items():
+        write_text(lists[name], ''.join(lines))
+    report(found, files, held_out, texts, lists)
+
+
+def report(found, files, held_out, texts, lists):
+    """Prints what make_lists found and wrote."""
+    seconds = np.array([s for s, _, fault, _ in found if not fault])
+    quantiles = ', '.join(f'{q:.1f}' for q in np.quantile(seconds, [0, 0.05, 0.5, 0.95, 1]))
+    rates = collections.Counter(rate for _, rate, _, _ in found if rate)
+    print(
+        f'usable       {sum(map(len, files.values())):,} utterances of {len(files):,} speakers, '
+        f'{seconds.sum() / 3600:.1f} hours\n'
+        f'length       {quantiles} s (shortest, 5 %, median, 95 %, longest)\n'
+        f'rates        {", ".join(f"{rate} Hz: {count:,} files" for rate, count in rates.most_common())}\n'
+        f'clipped      {sum(clipped for *_, clipped in found):,} files (used all the same)\n'
+        f'held out     {len(held_out):,} speakers: {" ".join(held_out[:20])}'
+    )
+    whys = collections.Counter(line.split(': ', 1)[1].strip() for line in texts.get('left_out.txt', []))
+    for why, count in whys.most_common(20):
+        print(f'left out     {count:,} files: {why}')
+    for name, lines in texts.items():
+        print(f'written      {lists[name]}, {len(lines):,} lines')
+    if 'trials.txt' not in texts:
+        print('not written  trials.txt: no speaker was held out')
+
+
+def main(argv=None):
+    """Makes lists for a folder of recordings; exit status 2, with a sentence, where that cannot be done."""
+    parser = argparse.ArgumentParser(
+        prog='dataLoader.py',
+        description='Make a training list and a trial list from a folder with a folder per speaker.',
+    )
+    parser.add_argument('folder', help='holds SPEAKER/.../FILE.wav (or .flac)')
+    parser.add_argument('--out', required=True, help='folder for train_list.txt, trials.txt and left_out.txt')
+    parser.add_argument('--test_speakers', type=int, help='speakers held out for the trials (default: a tenth)')
+    parser.add_argument('--exhaustive', action='store_true', help='all trials, not as many of either kind')
+    parser.add_argument('--seed', type=int, default=10, help='seed of the choice (default: 10)')
+    with exit_on_bad_input():
+        make_lists(**vars(parser.parse_args(argv)))
+
+
+if __name__ == '__main__':
+    main()

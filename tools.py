@@ -1,12 +1,19 @@
 """Measures and small helpers: error rates, EER, minDCF, accuracy, score.txt, and the error that bad input raises."""
 
+import argparse
+import contextlib
+import hashlib
 import os
 import re
+import sys
 
 import numpy as np
+import torch
 import torch.distributed as dist
+from scipy.special import ndtri
 from sklearn.metrics import roc_curve
 
+FIGURES = ('EER', 'minDCF(0.01)', 'minDCF(0.05)')  # the prior of a target with minDCF; both costs are 1
 SCORE_LINE = '%d epoch, LR %f, LOSS %f, ACC %2.2f%%, EER %2.2f%%, bestEER %2.2f%%\n'
 SCORE_PATTERN = re.compile(r'(\d+) epoch, LR (\S+), LOSS (\S+), ACC (\S+)%, EER (\S+)%, bestEER (\S+)%\n', re.ASCII)
 
@@ -61,6 +68,43 @@ def write_whole(path, write):
     os.replace(temporary, path)
 
 
+def write_text(path, text):
+    """Writes a text file whole, as write_whole does."""
+
+    def write(temporary):
+        with open(temporary, 'w', encoding='utf-8', errors='surrogateescape') as file:
+            file.write(text)
+
+    write_whole(path, write)
+
+
+def write_arrays(path, **arrays):
+    """Writes an .npz of named arrays whole."""
+
+    def write(temporary):
+        with open(temporary, 'wb') as file:
+            np.savez(file, **arrays)
+
+    write_whole(path, write)
+
+
+@contextlib.contextmanager
+def exit_on_bad_input():
+    """Turns BadInput into its sentence on standard error and exit status 2."""
+    try:
+        yield
+    except BadInput as error:
+        # From a worker process the error comes wrapped in the worker's traceback.
+        print('error: ' + str(error).rpartition('BadInput: ')[2].strip(), file=sys.stderr)
+        sys.exit(2)
+
+
+def digest(path):
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, 'rb') as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
 def read_scores(path):
     """The lines of a score.txt as tuples (epoch, lr, loss, accuracy %, EER %, best EER %), oldest first.
 
@@ -89,6 +133,25 @@ def score_pairs(embeddings, pairs):
         first, second = pairs[start : start + 4096].T
         scores[start : start + 4096] = 0.5 * np.einsum('nd,nd->n', vectors[first], vectors[second])
     return scores
+
+
+def as_norm(scores, embeddings, pairs, cohort, top_n):
+    """Adaptive symmetric score normalisation (Matejka et al., Interspeech 2017, eq. 3 and 4): scores float32 (N,).
+
+    scores: (N,) of pairs (N, 2) of rows of embeddings (files, 2, 192); cohort: (speakers, 2, 192), scored against each
+    file as a trial is. Each side's mean and deviation are those of its top_n highest cohort scores, all of them if the
+    cohort is smaller. Raises BadInput where a file's cohort scores do not differ.
+    """
+    cohort = torch.from_numpy(0.5 * cohort.reshape(len(cohort), -1)).T
+    vectors = torch.from_numpy(embeddings.reshape(len(embeddings), -1))
+    mean, std = np.empty((2, len(vectors)), np.float32)
+    for start in range(0, len(vectors), 1024):
+        closest = (vectors[start : start + 1024] @ cohort).topk(min(top_n, cohort.shape[1]), sorted=False)[0]
+        mean[start : start + 1024] = closest.mean(dim=1)
+        std[start : start + 1024] = closest.std(dim=1, correction=0)
+    if not std.min() > 0:
+        raise BadInput('the cohort cannot normalise: all its speakers score the same; give more speakers or --top_n')
+    return ((scores[:, None] - mean[pairs]) / std[pairs]).mean(axis=1)
 
 
 def tuneThresholdfromScore(scores, labels, target_fa, target_fr=None):
@@ -130,11 +193,19 @@ def ComputeMinDcf(fnrs, fprs, thresholds, p_target, c_miss, c_fa):
     return costs[best] / min(c_miss * p_target, c_fa * (1 - p_target)), thresholds[best]
 
 
+def operating_points(scores, labels):
+    """{figure: (value, threshold)} of (N,) scores for each of FIGURES; a trial is accepted above the threshold."""
+    rates = ComputeErrorRates(scores, labels)
+    eer = tuneThresholdfromScore(scores, labels, [1])[1]
+    threshold = rates[2][np.argmin(np.abs(rates[0] - rates[1]))]
+    points = [(eer, threshold), *(ComputeMinDcf(*rates, p_target, 1, 1) for p_target in (0.01, 0.05))]
+    return {figure: (float(value), float(at)) for figure, (value, at) in zip(FIGURES, points)}
+
+
 def verification_figures(scores, labels):
     """(EER in percent, minDCF at p_target 0.05, minDCF at p_target 0.01) of (N,) scores; both costs are 1."""
-    eer = tuneThresholdfromScore(scores, labels, [1, 0.1])[1]
-    rates = ComputeErrorRates(scores, labels)
-    return eer, *(ComputeMinDcf(*rates, p_target, 1, 1)[0] for p_target in (0.05, 0.01))
+    points = operating_points(scores, labels)
+    return tuple(points[name][0] for name in ('EER', 'minDCF(0.05)', 'minDCF(0.01)'))
 
 
 def accuracy(output, target, topk=(1,)):
@@ -142,3 +213,106 @@ def accuracy(output, target, topk=(1,)):
     _, predictions = output.topk(max(topk), dim=1)
     correct = predictions == target.view(-1, 1)
     return [correct[:, :k].any(dim=1).float().mean().mul(100).view(1) for k in topk]
+
+
+def plot_det(path, labels, scores):
+    """Draws the DET curves of {name: scores (N,)} to a PNG, on normal-deviate axes (Martin et al., Eurospeech 1997).
+
+    Does nothing where matplotlib is not installed.
+    """
+    pyplot = matplotlib_pyplot()
+    if pyplot is None:
+        return
+    figure, axes = pyplot.subplots(figsize=(6, 6), layout='constrained')
+    ticks = np.array([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 40, 60, 80]) / 100
+    for name, values in scores.items():
+        fnr, fpr, _ = ComputeErrorRates(values, labels)
+        eer, cost = (operating_points(values, labels)[figure][0] for figure in ('EER', 'minDCF(0.05)'))
+        seen = (fnr > 0) & (fpr > 0)
+        label = f'{name}: EER {eer:.2f}%, minDCF(0.05) {cost:.3f}'
+        (line,) = axes.plot(ndtri(fpr[seen]), ndtri(fnr[seen]), label=label)
+        axes.plot(*2 * [ndtri(eer / 100)], 'o', color=line.get_color())
+    # Fewer than one error of either kind cannot be seen.
+    lowest = ndtri(max(0.5 / min(labels.sum(), len(labels) - labels.sum()), 1e-4))
+    limits = lowest, ndtri(0.6)
+    axes.plot(limits, limits, ':', color='grey')
+    for axis, side in ((axes.xaxis, 'false alarms'), (axes.yaxis, 'misses')):
+        axis.set_ticks(ndtri(ticks), [f'{100 * tick:g}' for tick in ticks])
+        axis.set_label_text(f'{side} (%)')
+    axes.set(xlim=limits, ylim=limits, title=os.path.basename(path)[len('det_') : -len('.png')], aspect='equal')
+    axes.grid(alpha=0.3)
+    axes.legend(loc='upper right')
+    write_whole(path, lambda temporary: figure.savefig(temporary, format='png', dpi=120))
+    pyplot.close(figure)
+
+
+def plot_experiments(path, experiments):
+    """Draws loss, accuracy and EER over epochs of {name: scores as of read_scores} to a PNG; False without matplotlib."""
+    pyplot = matplotlib_pyplot()
+    if pyplot is None:
+        return False
+    figure, panels = pyplot.subplots(1, 3, figsize=(15, 4.5), layout='constrained')
+    for axes, column, title in zip(panels, (2, 3, 4), ('training loss', 'training accuracy (%)', 'EER (%)')):
+        for name, scores in experiments.items():
+            epochs, values = np.array(scores)[:, [0, column]].T
+            axes.plot(epochs, values, '.-', label=name)
+        axes.set(title=title, xlabel='epoch')
+        axes.grid(alpha=0.3)
+    panels[2].set_yscale('log')
+    panels[2].yaxis.set_major_formatter(lambda value, _: f'{value:g}')
+    panels[2].yaxis.set_minor_formatter(lambda value, _: f'{value:g}' if f'{value:e}'[0] in '235' else '')
+    panels[2].legend()
+    write_whole(path, lambda temporary: figure.savefig(temporary, format='png', dpi=120))
+    pyplot.close(figure)
+    return True
+
+
+def matplotlib_pyplot():
+    """matplotlib.pyplot drawing to files, or None where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use('agg')
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def compare_experiments(paths, plot):
+    """Prints a table of score.txt files, a row each, and draws them to the PNG `plot`."""
+    experiments, rows = {}, [['experiment', 'epochs', 'last EER', 'best EER', 'at epoch', 'mean of last 10']]
+    for path in paths:
+        scores = read_scores(path)
+        if not scores:
+            raise BadInput(f'{path}: {"is empty" if os.path.exists(path) else "no such file"}')
+        name = os.path.basename(os.path.dirname(os.path.abspath(path)))
+        name = name if os.path.basename(path) == 'score.txt' and name not in experiments else path
+        experiments[name] = scores
+        eers = np.array([score[4] for score in scores])
+        best = eers.argmin()
+        figures = (eers[-1], eers[best], scores[best][0], eers[-10:].mean())
+        rows.append([name, str(scores[-1][0]), *(f'{x:.2f}%' if x is not figures[2] else str(x) for x in figures)])
+    print(table(rows))
+    if plot_experiments(plot, experiments):
+        print(f'drawn: {plot}')
+
+
+def table(rows):
+    """Rows of cells as aligned lines of text."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def main(argv=None):
+    """Compares experiments; exit status 2, with a sentence, for a file that is no score.txt."""
+    parser = argparse.ArgumentParser(prog='tools.py', description='Compare experiments by their score.txt.')
+    parser.add_argument('scores', nargs='+', help='score.txt files, exps/pretrain_score.txt for the published one')
+    parser.add_argument('--plot', default='exps/comparison.png', help='where to draw them, if matplotlib is installed')
+    args = parser.parse_args(argv)
+    with exit_on_bad_input():
+        compare_experiments(args.scores, args.plot)
+
+
+if __name__ == '__main__':
+    main()

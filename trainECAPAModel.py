@@ -2,28 +2,39 @@
 
 import argparse
 import contextlib
+import json
 import math
 import os
+import platform
 import shlex
-import sys
 import time
+import zipfile
+from importlib import metadata
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from dataLoader import check_audio, make_batches, read_trials, require, train_loader
-from ECAPAModel import ECAPAModel, checkpoint_sizes, read_checkpoint
+from dataLoader import check_audio, find_audio, make_batches, read_trial_lists, require, train_loader
+from ECAPAModel import ECAPAModel, checkpoint_sizes, load_model, read_checkpoint
 from tools import (
+    FIGURES,
     SCORE_LINE,
     BadInput,
+    as_norm,
     available_cpus,
+    digest,
+    exit_on_bad_input,
     init_args,
+    operating_points,
+    plot_det,
     process_count,
     process_rank,
     read_scores,
-    verification_figures,
-    write_whole,
+    score_pairs,
+    table,
+    write_arrays,
+    write_text,
 )
 
 SUPPRESS = argparse.SUPPRESS
@@ -67,6 +78,9 @@ def make_parser():
     add('--batch_size', type=number(int, 2), default=400, help='utterances in a step')
     add('--n_cpu', type=number(int, 0), default=default_n_cpu(), help='processes that load data, for each GPU')
     add('--test_step', type=number(int, 1), default=1, help='save, test and lower the rate every so many epochs')
+    add('--accumulate', type=number(int, 1), default=1, help='parts of a batch, one after another, to save memory')
+    add('--freeze_epochs', type=number(int, 0), default=0, help='first epochs that train the classifier alone')
+    add('--speed_perturb', action='store_true', help='add all speakers at 0.9 and 1.1 of their speed, as new speakers')
     add('--lr', type=number(float, 0), default=0.001, help='learning rate of Adam')
     add('--lr_decay', type=number(float, 0), default=0.97, help='factor on the learning rate every test_step epochs')
     add('--seed', type=number(int, 0), default=10, help='seed of everything drawn at random')
@@ -83,8 +97,9 @@ def make_parser():
     add = group.add_argument
     add('--train_list', default='data/VoxCeleb2/train_list.txt', help='lines `speaker path`')
     add('--train_path', default='data/VoxCeleb2/train/wav', help='folder of the paths in --train_list')
-    add('--eval_list', default='data/VoxCeleb1/veri_test2.txt', help='trials, lines `label enrolment test`')
-    add('--eval_path', default='data/VoxCeleb1/test/wav', help='folder of the paths in --eval_list')
+    lists, folders = ['data/VoxCeleb1/veri_test2.txt'], ['data/VoxCeleb1/test/wav']
+    add('--eval_list', nargs='+', default=lists, help='trial lists, lines `label enrolment test`')
+    add('--eval_path', nargs='+', default=folders, help='folder of the paths in --eval_list: one, or one for each')
     add('--musan_path', default='data/musan_split', help='MUSAN: noise/, speech/ and music/')
     add('--rir_path', default='data/RIRS_NOISES/simulated_rirs', help='room impulse responses')
     add('--save_path', default='exps/exp1', help='folder of the results: score.txt and model/')
@@ -97,8 +112,19 @@ def make_parser():
     add('--s', type=number(float, 0), default=30, help='scale of AAM-softmax')
     add('--n_class', type=number(int, 1), default=SUPPRESS, help='speakers (default: those in --train_list)')
 
-    group = parser.add_argument_group('command')
-    group.add_argument('--eval', action='store_true', help='score --initial_model; needs no training data')
+    group = parser.add_argument_group('score normalisation (with --eval)')
+    add = group.add_argument
+    add('--score_norm', choices=('none', 'asnorm'), default='none', help='asnorm: also scores normalised by a cohort')
+    add('--cohort_utterances', type=number(int, 1), default=20, help='of each speaker in --train_list, for the cohort')
+    add('--top_n', type=number(int, 2), default=400, help='closest cohort speakers that normalise a score')
+
+    group = parser.add_argument_group('command (without one of these: train)')
+    add = group.add_argument
+    add('--eval', action='store_true', help='score --initial_model on --eval_list; needs no training data')
+    add(
+        '--embed', metavar='FOLDER_OR_LIST', help='write embeddings.npz of all files of a folder, or of a list of paths'
+    )
+    add('--verify', nargs=2, metavar=('A.wav', 'B.wav'), help='score two recordings')
     return parser
 
 
@@ -149,32 +175,147 @@ def build_system(args, n_class):
 
 
 def check_trials(args):
-    """Reads --eval_list and opens every file that it names; returns (number of trials, number of files)."""
-    files, labels, _ = read_trials(args.eval_list)
-    require(os.path.isdir, args.eval_path, '--eval_path')
-    check_audio([os.path.join(args.eval_path, file) for file in files], '--eval_list')
-    return len(labels), len(files)
+    """Reads the trial lists and opens every file that they name; returns (number of trials, number of files)."""
+    paths, trials = read_trial_lists(args.eval_list, args.eval_path)
+    check_audio(paths, '--eval_list')
+    return sum(len(labels) for labels, _ in trials), len(paths)
 
 
-def figures_line(eer, min_dcf_05, min_dcf_01):
-    """The figures of a scored trial list in words."""
-    return f'EER {eer:2.2f}%, minDCF(p_target 0.05) {min_dcf_05:.4f}, minDCF(p_target 0.01) {min_dcf_01:.4f}'
+def score_lists(system, args, cohort=None):
+    """Scores --eval_list: [(list, labels (N,), {'raw': scores (N,), 'asnorm': scores (N,) where there is a cohort})]."""
+    paths, trials = read_trial_lists(args.eval_list, args.eval_path)
+    embeddings = system.embed_files(paths)
+    results = []
+    for name, (labels, pairs) in zip(args.eval_list, trials):
+        scores = {'raw': score_pairs(embeddings, pairs)}
+        if cohort is not None:
+            scores['asnorm'] = as_norm(scores['raw'], embeddings, pairs, cohort, args.top_n)
+        results.append((name, labels, scores))
+    return results
+
+
+def figures_table(results):
+    """The figures of score_lists as the text of a table, a row a list."""
+    rows = [['list', 'trials', *FIGURES] + [f'asnorm {name}' for name in FIGURES] * ('asnorm' in results[0][2])]
+    for name, labels, scores in results:
+        points = [operating_points(kind, labels) for kind in scores.values()]
+        figures = [text for p in points for text in (f'{p["EER"][0]:.2f}%', *(f'{p[d][0]:.4f}' for d in FIGURES[1:]))]
+        rows.append([name, f'{len(labels):,}', *figures])
+    return table(rows)
+
+
+def load_cohort(system, args):
+    """The cohort of --score_norm asnorm, kept beside the checkpoint for as long as nothing that it depends on changes."""
+    if args.score_norm == 'none':
+        return None
+    require(os.path.isfile, args.train_list, '--train_list (the cohort of --score_norm)')
+    settings = [args.train_path, args.cohort_utterances, args.seed]
+    key = ' '.join([digest(args.initial_model), digest(args.train_list), repr(settings)])
+    path = f'{args.initial_model}.cohort.npz'
+    try:
+        with np.load(path) as cache:
+            if str(cache['key']) == key:
+                return cache['cohort']
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        pass
+    cohort = system.cohort(args.train_list, args.train_path, args.cohort_utterances, args.seed)
+    if process_rank() == 0:
+        write_arrays(path, key=key, cohort=cohort)
+    return cohort
 
 
 def evaluate(args):
-    """Scores --initial_model on --eval_list and prints the figures. Returns them."""
-    if not args.initial_model:
-        raise BadInput('--eval needs --initial_model, the checkpoint to score')
-    _, n_class = checkpoint_sizes(read_checkpoint(args.initial_model))
-    if getattr(args, 'n_class', n_class) != n_class:
-        raise BadInput(f'--n_class {args.n_class} contradicts {args.initial_model}, which has {n_class}; leave it out')
+    """Scores --initial_model on --eval_list, prints the figures and writes them and all scores below --save_path."""
     with first_process_first():
         check_trials(args)
-    system = build_system(args, n_class)
-    system.load_parameters(args.initial_model)
-    figures = verification_figures(*system.score_trials(args.eval_list, args.eval_path))
-    say(f'{args.initial_model}: {figures_line(*figures)}')
-    return figures
+    system = load_for_use(args, '--eval')
+    results = score_lists(system, args, load_cohort(system, args))
+    say(f'{args.initial_model}\n{figures_table(results)}')
+    if process_rank() == 0:
+        write_results(args, results)
+
+
+def write_results(args, results):
+    """Writes SAVE_PATH/results.json, scores/LIST.txt (`label score [normalised] enrolment test`) and DET curves."""
+    os.makedirs(os.path.join(args.save_path, 'scores'), exist_ok=True)
+    lists = {}
+    for name, labels, scores in results:
+        stem = os.path.splitext(os.path.basename(name))[0]
+        path = os.path.join(args.save_path, 'scores', f'{stem}.txt')
+        columns = zip(*[[f'{score:.6f}' for score in kind] for kind in scores.values()])
+        with open(name, encoding='utf-8', errors='surrogateescape') as lines:
+            trials = [line.split() for line in lines if line.strip()]
+        rows = (' '.join([trial[0], *column, *trial[1:]]) + '\n' for trial, column in zip(trials, columns))
+        write_text(path, ''.join(rows))
+        plot_det(os.path.join(args.save_path, f'det_{stem}.png'), labels, scores)
+        points = {
+            kind: {figure: {'value': value, 'threshold': threshold} for figure, (value, threshold) in points.items()}
+            for kind, points in ((kind, operating_points(values, labels)) for kind, values in scores.items())
+        }
+        counts = {'trials': len(labels), 'targets': int(labels.sum())}
+        lists[name] = {**counts, **points, 'sha256': digest(name), 'scores': path}
+    checkpoint = {'path': args.initial_model, 'sha256': digest(args.initial_model)}
+    record = {
+        'checkpoint': checkpoint,
+        'lists': lists,
+        'seed': args.seed,
+        'options': vars(args),
+        'versions': versions(),
+    }
+    write_text(os.path.join(args.save_path, 'results.json'), json.dumps(record, indent=2) + '\n')
+
+
+def versions():
+    """Versions of Python and of the packages that the numbers depend on."""
+    packages = ('torch', 'torchaudio', 'numpy', 'scipy', 'scikit-learn', 'soundfile')
+    return {'python': platform.python_version(), **{name: metadata.version(name) for name in packages}}
+
+
+def load_for_use(args, option):
+    """The model of --initial_model, which `option` needs; its sizes are its own."""
+    if not args.initial_model:
+        raise BadInput(f'{option} needs --initial_model, a checkpoint')
+    C, n_class = checkpoint_sizes(read_checkpoint(args.initial_model))
+    for name, found in (('C', C), ('n_class', n_class)):
+        if getattr(args, name, found) != found:
+            raise BadInput(
+                f'--{name} {getattr(args, name)} contradicts {args.initial_model}, where it is {found}; leave it out'
+            )
+    return load_model(args.initial_model, **{**vars(args), 'C': C, 'n_class': n_class})
+
+
+def embed(args):
+    """Writes SAVE_PATH/embeddings.npz: names (N,) and unit embeddings (N, 192) of the files of --embed."""
+    system = load_for_use(args, '--embed')
+    if os.path.isdir(args.embed):
+        paths = find_audio(args.embed, '--embed', any_format=True)
+    else:
+        require(os.path.isfile, args.embed, '--embed')
+        with open(args.embed, encoding='utf-8', errors='surrogateescape') as lines:
+            paths = [line.strip() for line in lines if line.strip()]
+    path = os.path.join(args.save_path, 'embeddings.npz')
+    embeddings = system.embed(paths)
+    if process_rank() == 0:
+        os.makedirs(args.save_path, exist_ok=True)
+        write_arrays(path, names=np.array(paths), embeddings=embeddings)
+    say(f'{path}: {len(paths):,} embeddings of 192 numbers')
+
+
+def verify(args):
+    """Prints the score of two recordings and, where the model's results.json is found, the decision."""
+    system = load_for_use(args, '--verify')
+    score = score_pairs(system.embed_files(args.verify, any_format=True), np.array([[0, 1]]))[0]
+    say(f'score {score:.4f}')
+    folders = [args.save_path, os.path.dirname(os.path.dirname(os.path.abspath(args.initial_model)))]
+    for path in (os.path.join(folder, 'results.json') for folder in folders):
+        record = json.loads(open(path, encoding='utf-8').read()) if os.path.exists(path) else None
+        if record and record['checkpoint']['sha256'] == digest(args.initial_model):
+            for name, figures in record['lists'].items():
+                threshold = figures['raw']['EER']['threshold']
+                decision = 'the same speaker' if score > threshold else 'different speakers'
+                say(f'{decision}, at the EER threshold of {name}, {threshold:.4f}; other recordings have another one')
+            return
+    say('no threshold is known: --eval on trials of recordings like these finds one')
 
 
 def prepare(args):
@@ -204,7 +345,7 @@ def prepare(args):
 def check(args):
     """Reads the lists and opens a sample of the files. Returns (dataset, loader, n_class, (trials, files))."""
     dataset = train_loader(**vars(args))
-    speakers = len(dataset.speakers)
+    speakers = dataset.n_class
     n_class = getattr(args, 'n_class', speakers)
     if n_class < speakers:
         raise BadInput(f'--n_class {n_class} is too small: {args.train_list} has {speakers} speakers; leave it out')
@@ -240,22 +381,13 @@ def start(system, args):
 
 def test(system, args, epoch, loss, lr, accuracy, scores):
     """Scores --eval_list after an epoch, prints the figures, and adds a line to `scores` and score.txt."""
-    figures = verification_figures(*system.score_trials(args.eval_list, args.eval_path))
-    best = min([figures[0], *(score[4] for score in scores)])
-    scores.append((epoch, lr, loss, accuracy, figures[0], best))
+    results = score_lists(system, args)
+    eer = operating_points(results[0][2]['raw'], results[0][1])['EER'][0]
+    best = min([eer, *(score[4] for score in scores)])
+    scores.append((epoch, lr, loss, accuracy, eer, best))
     if process_rank() == 0:
-        write_scores(args.score_save_path, scores)
-    say(f'{clock()} epoch {epoch}, {figures_line(*figures)}, best EER {best:2.2f}%')
-
-
-def write_scores(path, scores):
-    """Writes a score.txt from tuples as read_scores returns them."""
-
-    def write(file):
-        with open(file, 'w', encoding='utf-8') as lines:
-            lines.writelines(SCORE_LINE % score for score in scores)
-
-    write_whole(path, write)
+        write_text(args.score_save_path, ''.join(SCORE_LINE % score for score in scores))
+    say(f'{clock()} epoch {epoch}, EER {eer:2.2f}%, best EER {best:2.2f}%\n{figures_table(results)}')
 
 
 def clock():
@@ -263,10 +395,26 @@ def clock():
     return time.strftime('%Y-%m-%d %H:%M:%S')
 
 
+def write_options(args):
+    """Writes SAVE_PATH/options.txt, the first time: the options, to be read back with @, and the versions."""
+    path = os.path.join(args.save_path, 'options.txt')
+    if os.path.exists(path) or process_rank():
+        return
+    lines = [f'# {name} {version}' for name, version in versions().items()]
+    for name, value in vars(args).items():
+        values = value if isinstance(value, list) else [value]
+        if value is True:
+            lines.append(f'--{name}')
+        elif value not in (False, None) and name not in ('score_save_path', 'model_save_path'):
+            lines.append(f'--{name} {shlex.join(map(str, values))}')
+    write_text(path, '\n'.join(lines) + '\n')
+
+
 def train(args):
     """Trains from where --save_path stands to --max_epoch, saving and testing every test_step epochs."""
     system, loader = prepare(args)
     init_args(args)
+    write_options(args)
     done, scores = start(system, args)
     if 'loss' in done and done['epoch'] not in [score[0] for score in scores]:
         # The run ended between saving this epoch and testing it.
@@ -287,15 +435,12 @@ def train(args):
 def main(argv=None):
     """Runs the command; exit status 2, with a sentence on standard error, for input that cannot be used."""
     args = make_parser().parse_args(argv)
-    try:
+    with exit_on_bad_input():
         join_processes(args)
-        evaluate(args) if args.eval else train(args)
+        run = embed if args.embed else verify if args.verify else evaluate if args.eval else train
+        run(args)
         if dist.is_initialized():
             dist.destroy_process_group()
-    except BadInput as error:
-        # From a worker process the error comes wrapped in the worker's traceback.
-        print('error: ' + str(error).rpartition('BadInput: ')[2].strip(), file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == '__main__':
