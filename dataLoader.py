@@ -234,8 +234,8 @@ def read_audio(path):
 def read_crop(path, length, rng, first=0, span=None, cached=False):
     """`length` samples from a position drawn uniformly, float32 (length,); what is too short is wrapped round.
 
-    first, span: the part of the file, in samples, that the crop is drawn from if it fits there. cached: remember how the
-    file is laid out, for files that are read again and again.
+    first, span: the part of the file, in samples, that the crop is drawn from if it fits there. cached: remember how
+    the file is laid out, for files that are read again and again.
     """
     layout = wav_layout(path) if cached else None
     with open_audio(path) if layout is None else contextlib.nullcontext() as file:
