@@ -156,7 +156,7 @@ class NoiseFiles:
         for piece in rng.choice(total, count, replace=count > total):
             index = np.searchsorted(self.pieces, piece, side='right')
             piece -= self.pieces[index - 1] if index else 0
-            yield read_crop(self.paths[index], length, rng, piece * PIECE_STEP, PIECE, mapped=True)
+            yield read_crop(self.paths[index], length, rng, piece * PIECE_STEP, PIECE, cached=True)
 
 
 class EpochSampler(Sampler):
@@ -250,28 +250,30 @@ def read_audio(path):
         return read_samples(file)
 
 
-def read_crop(path, length, rng, first=0, span=None, mapped=False):
+def read_crop(path, length, rng, first=0, span=None, cached=False):
     """`length` samples from a position drawn uniformly, float32 (length,); what is too short is wrapped round.
 
-    first, span: the part of the file, in samples, that the crop is drawn from if it fits there. mapped: map wav files
-    into memory and keep them there.
+    first, span: the part of the file, in samples, that the crop is drawn from if it fits there. cached: remember how
+    the file is laid out, for files that are read again and again.
     """
-    samples = map_wav(path) if mapped else None
-    with open_audio(path) if samples is None else contextlib.nullcontext() as file:
-        frames = file.frames if samples is None else len(samples)
+    layout = wav_layout(path) if cached else None
+    with open_audio(path) if layout is None else contextlib.nullcontext() as file:
+        frames = file.frames if layout is None else layout[2]
         spare = min(frames - first, span or frames) - length
         start = first + (rng.integers(spare, endpoint=True) if spare > 0 else 0)
-        if samples is None:
+        if layout is None:
             return np.resize(read_samples(file, start, length), length)
-    crop = samples[start : start + length].astype(np.float32)
-    if samples.dtype == np.int16:
-        crop *= np.float32(1 / 32768)
-    return np.resize(crop, length)
+    offset, dtype, _ = layout
+    return np.resize(to_float(np.fromfile(path, dtype, length, offset=offset + start * dtype.itemsize)), length)
 
 
-@functools.lru_cache(maxsize=4096)
-def map_wav(path):
-    """Samples of a 16-bit or float wav (samples,), mapped into memory; None for any other file."""
+@functools.lru_cache(maxsize=8192)
+def wav_layout(path):
+    """(offset in bytes, dtype, samples) of the audio in a 16-bit or float wav; None for any other file.
+
+    Only the layout is kept: a file that stays mapped into memory would hold a file descriptor, and MUSAN has more files
+    than a process may have open.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', wavfile.WavFileWarning)
@@ -279,7 +281,15 @@ def map_wav(path):
     except (OSError, ValueError):
         return None
     fits = rate == RATE and samples.ndim == 1 and len(samples) and samples.dtype in (np.int16, np.float32)
-    return samples if fits else None
+    return (samples.offset, samples.dtype, len(samples)) if fits else None
+
+
+def to_float(samples):
+    """16-bit or float samples as float32 in [-1, 1]."""
+    audio = samples.astype(np.float32)
+    if samples.dtype == np.int16:
+        audio *= np.float32(1 / 32768)
+    return audio
 
 
 def read_any(path):
@@ -309,7 +319,8 @@ def read_samples(file, start=0, count=-1):
     """Samples of an open file from `start` on, all or `count` of them; BadInput where it ends before."""
     try:
         file.seek(start)
-        audio = file.read(count, dtype='float32')
+        # libsndfile converts 16 bits to float more slowly than NumPy does.
+        audio = to_float(file.read(count, dtype='int16' if file.subtype == 'PCM_16' else 'float32'))
     except soundfile.LibsndfileError as error:
         raise BadInput(f'{file.name}: cannot be decoded: {error.error_string}') from error
     if len(audio) == 0:

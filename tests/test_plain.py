@@ -162,14 +162,24 @@ def test_noise_is_drawn_as_its_pieces(tmp_path):
 
 
 @pytest.mark.parametrize('subtype, tolerance', [('PCM_16', 1e-4), ('FLOAT', 1e-7), ('PCM_24', 1e-6), ('PCM_U8', 1e-2)])
-def test_mapped_and_read_files_agree(tmp_path, subtype, tolerance):
+def test_files_of_known_layout_read_the_same(tmp_path, subtype, tolerance):
     audio = np.random.default_rng(7).uniform(-0.9, 0.9, 5000)
     path = write_wav(tmp_path / 'a.wav', audio, subtype=subtype)
-    for mapped in (False, True):
-        crop = read_crop(path, 5000, np.random.default_rng(0), mapped=mapped)
+    for cached in (False, True):
+        crop = read_crop(path, 5000, np.random.default_rng(0), cached=cached)
         np.testing.assert_allclose(crop, audio, atol=tolerance)
-    with_one = read_crop(path, 1000, np.random.default_rng(1), mapped=True)
-    assert np.array_equal(with_one, read_crop(path, 1000, np.random.default_rng(1), mapped=False))
+    with_one = read_crop(path, 1000, np.random.default_rng(1), cached=True)
+    assert np.array_equal(with_one, read_crop(path, 1000, np.random.default_rng(1), cached=False))
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='needs /proc/self/fd')
+def test_no_noise_file_stays_open(tmp_path):
+    """MUSAN has more files than a process may have open."""
+    for number in range(20):
+        write_wav(tmp_path / f'{number}.wav', np.zeros(100), subtype='PCM_16')
+    noise, rng, before = NoiseFiles(tmp_path), np.random.default_rng(8), len(os.listdir('/proc/self/fd'))
+    assert len(list(noise.draw(rng, 100, 20))) == 20
+    assert len(os.listdir('/proc/self/fd')) == before
 
 
 @pytest.mark.slow

@@ -1,0 +1,479 @@
+"""Measures the modules against the plain implementations of plain.py, side by side on this machine.
+
+    python tests/benchmark.py                 # everything, in about three minutes on two cores
+    python tests/benchmark.py loader step     # some sections: loader, step, pipeline, ...
+
+Plain and ours take turns, and a ratio is the median of the ratios of the turns: what else the machine does then slows
+both. The data is generated, except that the evaluation uses real speech where ../shared has some.
+"""
+
+import argparse
+import itertools
+import multiprocessing
+import platform
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import soundfile
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from plain import (
+    PlainAAM,
+    PlainDataset,
+    PlainECAPA,
+    plain_embed,
+    plain_figures,
+    plain_read_train_list,
+    plain_read_trials,
+    plain_scores,
+    plain_train_step,
+)
+
+from dataLoader import make_batches, read_train_list, train_loader
+from ECAPAModel import ECAPAModel, choose_device
+from tools import available_cpus, score_pairs, verification_figures
+from trainECAPAModel import default_n_cpu
+
+RATE = 16000
+SHARED = Path(__file__).resolve().parents[2] / 'shared'
+SPEAKERS = 5994  # of VoxCeleb2
+
+
+class Row(NamedTuple):
+    """A line of the table. ratio: how many times faster ours is; memory: ours / plain."""
+
+    what: str
+    ours: str = ''
+    plain: str = ''
+    ratio: str = ''
+    memory: str = ''
+    note: str = ''
+
+
+def timed(function, items, device=None, repeats=1):
+    """Returns measure(): the seconds per item of `repeats` calls of function(), which goes through `items` of them."""
+    cuda = device is not None and device.type == 'cuda'
+
+    def measure():
+        torch.cuda.synchronize(device) if cuda else None
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            function()
+        torch.cuda.synchronize(device) if cuda else None
+        return (time.perf_counter() - begin) / items / repeats
+
+    return measure
+
+
+def compare(what, unit, slow, fast, least=3, work=None, **cells):
+    """Row of two functions that return their seconds per item, plain and ours: 7 turns, or fewer once 5 s are over.
+
+    least: fewest turns; work: (operations per item, the most that the device does in a second), for a note.
+    """
+    pairs, begin = [], time.perf_counter()
+    while len(pairs) < least or (len(pairs) < 7 and time.perf_counter() - begin < 5):
+        pairs.append((slow(), fast()))
+    pairs = np.array(pairs)
+    rates = 1 / np.median(pairs, axis=0)
+    ratio = np.median(pairs[:, 0] / pairs[:, 1])
+    if work:
+        share = 100 * rates[1] * work[0] / work[1]
+        cells['note'] = f'ours at {share:.0f}% of the matmul peak, {quantity(work[1] / 1e9)} GFLOP/s'
+    return Row(what, *(f'{quantity(rate)} {unit}' for rate in rates[::-1]), f'{ratio:.2f}', **cells)
+
+
+def quantity(x):
+    """A number to three digits, without an exponent."""
+    return f'{x:,.0f}' if x >= 100 else f'{x:.3g}'
+
+
+def megabytes(ours, plain):
+    """Cell of two numbers of bytes."""
+    return f'{ours / 1e6:,.0f} / {plain / 1e6:,.0f} MB'
+
+
+def in_process(method, function, *args):
+    """function(*args) in a new process: 'spawn' for a fresh one, 'fork' for one that shares this one's memory."""
+    context = multiprocessing.get_context(method)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=answer, args=(sender, function, args))
+    process.start()
+    sender.close()
+    result = receiver.recv()
+    process.join()
+    return result
+
+
+def answer(sender, function, args):
+    """What the process of in_process does."""
+    sender.send(function(*args))
+
+
+def process_bytes(key, file='status'):
+    """An entry of /proc/self/status or smaps_rollup in bytes, such as VmRSS (resident now) or VmHWM (at most so far).
+
+    VmHWM and not getrusage's ru_maxrss: the latter starts at the size of the process that started this one.
+    """
+    lines = Path('/proc/self', file).read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(f'{key}:'))
+
+
+# loader: utterances a second of one worker.
+
+
+def speech_like(rng, seconds):
+    """Noise with the rhythm of syllables, float32 (samples,)."""
+    t = np.arange(int(seconds * RATE), dtype=np.float32) / RATE
+    return 0.1 * rng.standard_normal(len(t), dtype=np.float32) * (0.5 + 0.5 * np.sin(2 * np.pi * 4 * t))
+
+
+def write_wav(path, audio):
+    """Writes 16-bit audio and the folders it needs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, audio, RATE, subtype='PCM_16')
+
+
+def make_corpus(folder, utterances, minutes):
+    """Generates a training list with 8 s utterances, MUSAN whole and in 5 s pieces every 3 s, and RIRs.
+
+    minutes: length of the recordings of speech; music is two thirds and noise a tenth of it, about as in MUSAN.
+    """
+    rng = np.random.default_rng(0)
+    names = [f'id{i % 10:05d}/video/{i:05d}.wav' for i in range(utterances)]
+    for name in names:
+        write_wav(folder / 'train' / name, speech_like(rng, 8))
+    (folder / 'train.txt').write_text(''.join(f'{name[:7]} {name}\n' for name in names))
+    for category, share in (('noise', 0.1), ('speech', 1), ('music', 2 / 3)):
+        for number in range(3):
+            audio = speech_like(rng, 60 * minutes * share)
+            write_wav(folder / 'musan' / category / 'source' / f'{number}.wav', audio)
+            for piece, start in enumerate(range(0, len(audio) - 5 * RATE + 1, 3 * RATE)):
+                path = folder / 'musan_split' / category / 'source' / str(number) / f'{piece:05d}.wav'
+                write_wav(path, audio[start : start + 5 * RATE])
+    for number in range(20):
+        decay = np.exp(-np.arange(RATE // 2) / 2000)
+        path = folder / 'rirs' / 'smallroom' / 'Room001' / f'Room001-{number:05d}.wav'
+        write_wav(path, 0.3 * decay * rng.standard_normal(len(decay)))
+
+
+def pace(loader, set_epoch=None):
+    """Returns measure(): seconds per utterance of an epoch after its first batch, which waits for the worker."""
+    epochs = itertools.count(1)
+
+    def measure():
+        if set_epoch:
+            set_epoch(next(epochs))
+        batches = iter(loader)
+        next(batches)
+        begin = time.perf_counter()
+        utterances = sum(len(labels) for _, labels in batches)
+        return (time.perf_counter() - begin) / utterances
+
+    return measure
+
+
+def loader_rows(options, folder):
+    """Augmented crops of 2 s from one worker process."""
+    size, minutes, utterances = (8, 1, 32) if options.quick else (16, 3, 112)
+    make_corpus(folder, utterances, minutes)
+    for musan in ('musan', 'musan_split'):
+        paths = [str(folder / name) for name in ('train.txt', 'train', musan, 'rirs')]
+        plain = DataLoader(PlainDataset(*paths, 200), size, shuffle=True, num_workers=1, drop_last=True)
+        ours = make_batches(train_loader(*paths, num_frames=200, seed=10), size, n_cpu=1)
+        measure = pace(ours, ours.batch_sampler.set_epoch)
+        measure()  # so that the worker has seen the noise, as it has in all epochs but the first
+        yield compare(f'loader, {musan}/, one worker', 'utt/s', pace(plain), measure)
+
+
+# step: an optimiser step.
+
+
+def make_step(side, device, C, precision='fp32', compile=False):
+    """The function that takes (audio, labels) through an optimiser step, ours or plain."""
+    if side == 'plain':
+        encoder, classifier = PlainECAPA(C).to(device).train(), PlainAAM(SPEAKERS, 0.2, 30).to(device)
+        parameters = [*encoder.parameters(), *classifier.parameters()]
+        optimiser = torch.optim.Adam(parameters, lr=0.001, weight_decay=2e-5)
+        return partial(plain_train_step, encoder, classifier, optimiser)
+    options = {'device': str(device), 'precision': precision, 'compile': compile}
+    return ECAPAModel(0.001, 0.97, C, SPEAKERS, 0.2, 30, test_step=1, **options).train().train_step
+
+
+def make_batch(device, batch_size):
+    """Waveforms (batch_size, 32240), 2 s, and labels (batch_size,)."""
+    generator = torch.Generator().manual_seed(0)
+    audio = 0.1 * torch.randn(batch_size, 200 * 160 + 240, generator=generator)
+    return audio.to(device), torch.randint(SPEAKERS, (batch_size,), generator=generator).to(device)
+
+
+def step_memory(side, device, C, batch_size):
+    """Peak memory of making the model and two steps, in bytes above the process before; to be run in a fresh one."""
+    device = torch.device(device)
+    # A step of a small model first: PyTorch loads part of itself then.
+    make_step(side, device, 8)(*make_batch(device, 2))
+    idle = torch.cuda.memory_allocated() if device.type == 'cuda' else process_bytes('VmRSS')
+    step, batch = make_step(side, device, C), make_batch(device, batch_size)
+    for _ in range(2):
+        step(*batch)
+    peak = torch.cuda.max_memory_allocated() if device.type == 'cuda' else process_bytes('VmHWM')
+    return peak - idle
+
+
+def has_bfloat16(device):
+    """Whether bfloat16 is computed in hardware, rather than emulated."""
+    if device.type == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(flag in cpu_info() for flag in ('avx512_bf16', 'amx_bf16', ' bf16'))
+
+
+def matmul_peak(device, dtype):
+    """Floating-point operations a second of the fastest of some large matrix products."""
+    repeats, sizes = (10, (4096, 8192, 16384)) if device.type == 'cuda' else (1, (512, 1024, 2048))
+    before = torch.get_float32_matmul_precision()
+    if device.type == 'cuda':
+        # TF32, as in the convolutions, which are the bulk of a step.
+        torch.set_float32_matmul_precision('high')
+    peak = 0
+    for size in sizes:
+        a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+        product = timed(partial(torch.matmul, a, b), 2 * size**3, device, repeats)
+        peak = max(peak, *(1 / product() for _ in range(4)))
+    torch.set_float32_matmul_precision(before)
+    return peak
+
+
+def step_rows(options, folder):
+    """float32 at each size; at the last of them its memory, and bfloat16 and compilation against our float32."""
+    device = options.device
+    batch_size = options.batch_size or (400 if device.type == 'cuda' else 4 if options.quick else 16)
+    sizes = options.c or ([16] if options.quick else [128, 512, 1024])
+    # First, while this process takes no memory of the GPU.
+    memory = [in_process('spawn', step_memory, side, str(device), sizes[-1], batch_size) for side in ('ours', 'plain')]
+    batch, peak = make_batch(device, batch_size), matmul_peak(device, torch.float32)
+
+    def measure(step):
+        # Several steps on a GPU, which may queue them without waiting.
+        return timed(partial(step, *batch), batch_size, device, repeats=10 if device.type == 'cuda' else 1)
+
+    for channels in sizes:
+        plain, ours = make_step('plain', device, channels), make_step('ours', device, channels)
+        plain(*batch)
+        with FlopCounterMode(display=False) as counter:
+            ours(*batch)
+        flops = counter.get_total_flops() / batch_size
+        cell = megabytes(*memory) if channels == sizes[-1] else ''
+        what = f'step float32, C={channels}, batch {batch_size}'
+        yield compare(what, 'utt/s', measure(plain), measure(ours), least=2, work=(flops, peak), memory=cell)
+    if not has_bfloat16(device):
+        yield Row('step bfloat16', note='this CPU has no bfloat16')
+        return
+    peak = matmul_peak(device, torch.bfloat16)
+    for name in ('bfloat16', 'bfloat16, compiled') if device.type == 'cuda' else ('bfloat16',):
+        step = make_step('ours', device, channels, 'bf16', compile='compiled' in name)
+        step(*batch)
+        what = f'step {name}, C={channels} ("plain" is our float32)'
+        yield compare(what, 'utt/s', measure(ours), measure(step), least=2, work=(flops, peak))
+
+
+# pipeline: from files to optimiser steps, as in training.
+
+
+def pipeline_rows(options, folder):
+    """Training on 8 s files, with every processor loading; plain with as many."""
+    device = options.device
+    cuda = device.type == 'cuda'
+    size, C, utterances = (400, 1024, 4000) if cuda else (16, 64, 48)
+    make_corpus(folder, utterances, minutes=3 if cuda else 1)
+    paths = [str(folder / name) for name in ('train.txt', 'train', 'musan', 'rirs')]
+    workers = {'num_workers': default_n_cpu(), 'persistent_workers': True}
+    plain_batches = DataLoader(PlainDataset(*paths, 200), size, shuffle=True, drop_last=True, **workers)
+    batches = make_batches(train_loader(*paths, num_frames=200, seed=10), size, default_n_cpu())
+
+    def epoch(batches, step):
+        for audio, labels in batches:
+            step(audio.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+
+    sides = (plain_batches, make_step('plain', device, C)), (batches, make_step('ours', device, C, compile=cuda))
+    plain, ours = (timed(partial(epoch, *side), utterances // size * size, device) for side in sides)
+    ours()  # starts the workers and, on a GPU, compiles
+    yield compare(f'pipeline, C={C}, batch {size}, {default_n_cpu()} workers', 'utt/s', plain, ours, least=2)
+
+
+# evaluation: from files to scores.
+
+
+def trial_list(folder, every):
+    """(trial list, folder of its files): all trials among every so many files of minivox, else generated ones."""
+    source = SHARED / 'minivox'
+    if source.is_dir():
+        lines = [line.split() for line in (source / 'trials.txt').read_text().splitlines()]
+        audio = source / 'eval'
+    else:
+        rng, audio = np.random.default_rng(0), folder / 'eval'
+        names = [f'id{i // 10:05d}/video/{i % 10:05d}.wav' for i in range(100)]
+        for name in names:
+            write_wav(audio / name, speech_like(rng, rng.uniform(2, 20)))
+        lines = [(str(int(a[:7] == b[:7])), a, b) for a, b in itertools.combinations(names, 2)]
+    kept = set(sorted({name for line in lines for name in line[1:]})[::every])
+    lines = [' '.join(line) for line in lines if kept.issuperset(line[1:])]
+    (folder / 'trials.txt').write_text('\n'.join(lines) + '\n')
+    return str(folder / 'trials.txt'), str(audio), len(kept)
+
+
+def evaluation_rows(options, folder):
+    """Scores of a trial list with C=128 and the same weights, trained ones where there are some."""
+    device = options.device
+    trials, audio, files = trial_list(folder, every=9 if options.quick else 1 if device.type == 'cuda' else 5)
+    system = ECAPAModel(0.001, 0.97, 128, 204, 0.2, 30, test_step=1, device=str(device))
+    checkpoint = SHARED / 'golden' / 'ecapa_c128.model'
+    if checkpoint.is_file():
+        system.load_parameters(str(checkpoint))
+    encoder = PlainECAPA(128).to(device)
+    encoder.load_state_dict(system.speaker_encoder.state_dict())
+    scores = {}
+
+    def plain():
+        _, pairs = plain_read_trials(trials, audio)
+        embeddings = plain_embed(encoder, sorted({path for pair in pairs for path in pair}))
+        scores['plain'] = plain_scores(embeddings, pairs)
+
+    def ours():
+        scores['ours'] = system.score_trials(trials, audio)[0]
+
+    row = compare(f'evaluation, C=128, {files} files', 'files/s', timed(plain, files), timed(ours, files), least=2)
+    difference = np.abs(scores['ours'] - np.array(scores['plain'])).max()
+    yield row._replace(note=f'largest difference of scores {difference:.1e}')
+
+
+# scoring: from embeddings to error rates.
+
+
+def scoring_rows(options, folder):
+    """Trials of Vox1_E's size; the plain loop goes through a tenth of them."""
+    files, trials = (1450, 5800) if options.quick else (145000, 580000)
+    distinct, part = files // 10, trials // 10
+    rng = np.random.default_rng(0)
+    units = torch.from_numpy(rng.standard_normal((distinct, 6, 192), dtype=np.float32))
+    units = torch.nn.functional.normalize(units, dim=2)
+    # Ten copies of each file: the plain implementation would need minutes to make 145,000 different ones.
+    plain_embeddings = {str(i): (unit[:1], unit[1:]) for i, unit in enumerate(units)}
+    embeddings = np.tile(torch.stack((units[:, 0], units[:, 1:].mean(dim=1)), dim=1).numpy(), (10, 1, 1))
+    pairs = rng.integers(files, size=(trials, 2), dtype=np.int32)
+    labels = rng.integers(2, size=trials, dtype=np.int8)
+    names = [(str(a), str(b)) for a, b in pairs[:part] % distinct]
+    scores = {}
+
+    def plain():
+        scores['plain'] = plain_scores(plain_embeddings, names)
+        plain_figures(scores['plain'], labels[:part].tolist())
+
+    def ours():
+        scores['ours'] = score_pairs(embeddings, pairs)
+        verification_figures(scores['ours'], labels)
+
+    what = f'scoring, {files:,} files, {trials:,} trials ({part:,} in plain)'
+    row = compare(what, 'trials/s', timed(plain, part), timed(ours, trials), least=2)
+    difference = np.abs(scores['ours'][:part] - np.array(scores['plain'])).max()
+    yield row._replace(note=f'rates per trial; largest difference of scores {difference:.1e}')
+
+
+# lists: a training list of VoxCeleb2's size.
+
+
+def dataset_memory(side, *paths):
+    """(bytes that a dataset takes, bytes that a worker makes its own over an epoch); to be run in a fresh process."""
+    before = process_bytes('VmRSS')
+    dataset = PlainDataset(*paths, 200) if side == 'plain' else train_loader(*paths, 200)
+    taken = process_bytes('VmRSS') - before
+    return taken, in_process('fork', worker_growth, side, dataset)
+
+
+def worker_growth(side, dataset):
+    """Private memory in bytes that reading every entry of a dataset's list costs a forked process."""
+    before = process_bytes('Private_Dirty', 'smaps_rollup')
+    for i in range(len(dataset)):
+        path = dataset.paths[i] if side == 'plain' else dataset.path(i)
+        assert path and dataset.labels[i] >= 0
+    return process_bytes('Private_Dirty', 'smaps_rollup') - before
+
+
+def lists_rows(options, folder):
+    """Reading the list, and the memory of the dataset and of a worker that has gone through it."""
+    lines = 10000 if options.quick else 1092009
+    train_list = str(folder / 'list.txt')
+    with open(train_list, 'w') as file:
+        for i in range(lines):
+            speaker = f'id{i * SPEAKERS // lines:05d}'
+            file.write(f'{speaker} {speaker}/{i // 7 * 7919:011x}/{i:05d}.wav\n')
+    make_corpus(folder, utterances=10, minutes=1)
+    paths = [train_list, *(str(folder / name) for name in ('train', 'musan_split', 'rirs'))]
+    ours, plain = (in_process('spawn', dataset_memory, side, *paths) for side in ('ours', 'plain'))
+    measures = (
+        timed(partial(plain_read_train_list, train_list, paths[1]), lines),
+        timed(partial(read_train_list, train_list), lines),
+    )
+    yield compare(f'training list of {lines:,}', 'lines/s', *measures, least=2, memory=megabytes(ours[0], plain[0]))
+    yield Row('... private to a worker after an epoch', memory=megabytes(ours[1], plain[1]))
+
+
+def cpu_info():
+    """Text of /proc/cpuinfo, empty where there is none."""
+    path = Path('/proc/cpuinfo')
+    return path.read_text() if path.is_file() else ''
+
+
+def machine(device):
+    """What this runs on, in words."""
+    models = [line.split(': ')[1] for line in cpu_info().splitlines() if line.startswith('model name')]
+    cpu = models[0] if models else platform.processor() or platform.machine()
+    gpu = f'\nGPU      {torch.cuda.get_device_name(device)}' if device.type == 'cuda' else ''
+    return (
+        f'CPU      {cpu}, {available_cpus()} cores{gpu}\n'
+        f'PyTorch  {torch.__version__}, {torch.get_num_threads()} threads, on {device}'
+    )
+
+
+SECTIONS = {
+    'loader': loader_rows,
+    'step': step_rows,
+    'pipeline': pipeline_rows,
+    'evaluation': evaluation_rows,
+    'scoring': scoring_rows,
+    'lists': lists_rows,
+}
+
+
+def main():
+    """Prints a line for each row as it comes, and all of them as a table."""
+    parser = argparse.ArgumentParser(description='Measure the modules against plain implementations.')
+    parser.add_argument('sections', nargs='*', default='all', choices=[*SECTIONS, 'all'], help='what to measure')
+    parser.add_argument('--device', type=choose_device, default='auto', help='as in trainECAPAModel.py')
+    parser.add_argument('--quick', action='store_true', help='small sizes: to see that it runs, not to measure')
+    parser.add_argument('--c', type=int, nargs='+', help='channels of the step (default: 128 512 1024)')
+    parser.add_argument('--batch_size', type=int, help='of the step (default: 16, on a GPU 400)')
+    options = parser.parse_args()
+    print(machine(options.device), flush=True)
+    rows = [Row('what', 'ours', 'plain', 'ratio', 'memory, ours / plain', '')]
+    begin = time.perf_counter()
+    for name in SECTIONS if 'all' in options.sections else options.sections:
+        with tempfile.TemporaryDirectory() as folder:
+            for row in SECTIONS[name](options, Path(folder)):
+                print('; '.join(cell for cell in row if cell), flush=True)
+                rows.append(row)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    print(f'\nIn {time.perf_counter() - begin:.0f} s:')
+    for row in rows:
+        print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+if __name__ == '__main__':
+    main()
