@@ -116,7 +116,7 @@ class ECAPAModel(nn.Module):
         """One optimiser step on waveforms (B, samples) and labels (B,). Returns [loss, accuracy in percent] (2,)."""
         self.optim.zero_grad()
         totals = 0
-        for part, part_labels in zip(audio.chunk(self.accumulate), labels.chunk(self.accumulate)):
+        for part, part_labels in zip(audio.tensor_split(self.accumulate), labels.tensor_split(self.accumulate)):
             loss, accuracy = self.replicas[0](part, part_labels)
             share = len(part) / len(audio)
             (loss * share).backward()

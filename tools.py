@@ -15,6 +15,7 @@ from sklearn.metrics import roc_curve
 
 FIGURES = ('EER', 'minDCF(0.01)', 'minDCF(0.05)')  # the prior of a target with minDCF; both costs are 1
 SCORE_LINE = '%d epoch, LR %f, LOSS %f, ACC %2.2f%%, EER %2.2f%%, bestEER %2.2f%%\n'
+PUBLISHED = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'exps', 'pretrain_score.txt')
 SCORE_PATTERN = re.compile(r'(\d+) epoch, LR (\S+), LOSS (\S+), ACC (\S+)%, EER (\S+)%, bestEER (\S+)%\n', re.ASCII)
 
 
@@ -247,7 +248,7 @@ def plot_det(path, labels, scores):
 
 
 def plot_experiments(path, experiments):
-    """Draws loss, accuracy and EER over epochs of {name: scores as of read_scores} to a PNG; False without matplotlib."""
+    """Draws loss, accuracy and EER over epochs of {name: read_scores()} to a PNG; False without matplotlib."""
     pyplot = matplotlib_pyplot()
     if pyplot is None:
         return False
@@ -280,14 +281,14 @@ def matplotlib_pyplot():
 
 
 def compare_experiments(paths, plot):
-    """Prints a table of score.txt files, a row each, and draws them to the PNG `plot`."""
+    """Prints a table of score.txt files and of the published curve, a row each, and draws them to the PNG `plot`."""
     experiments, rows = {}, [['experiment', 'epochs', 'last EER', 'best EER', 'at epoch', 'mean of last 10']]
-    for path in paths:
+    for path in [*paths, PUBLISHED]:
         scores = read_scores(path)
         if not scores:
             raise BadInput(f'{path}: {"is empty" if os.path.exists(path) else "no such file"}')
         name = os.path.basename(os.path.dirname(os.path.abspath(path)))
-        name = name if os.path.basename(path) == 'score.txt' and name not in experiments else path
+        name = 'published' if path == PUBLISHED else path if name in experiments else name
         experiments[name] = scores
         eers = np.array([score[4] for score in scores])
         best = eers.argmin()
@@ -307,7 +308,7 @@ def table(rows):
 def main(argv=None):
     """Compares experiments; exit status 2, with a sentence, for a file that is no score.txt."""
     parser = argparse.ArgumentParser(prog='tools.py', description='Compare experiments by their score.txt.')
-    parser.add_argument('scores', nargs='+', help='score.txt files, exps/pretrain_score.txt for the published one')
+    parser.add_argument('scores', nargs='+', help='score.txt files')
     parser.add_argument('--plot', default='exps/comparison.png', help='where to draw them, if matplotlib is installed')
     args = parser.parse_args(argv)
     with exit_on_bad_input():

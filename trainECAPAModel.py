@@ -182,7 +182,7 @@ def check_trials(args):
 
 
 def score_lists(system, args, cohort=None):
-    """Scores --eval_list: [(list, labels (N,), {'raw': scores (N,), 'asnorm': scores (N,) where there is a cohort})]."""
+    """Scores --eval_list: [(list, labels (N,), {'raw': scores (N,), and with a cohort 'asnorm': scores (N,)})]."""
     paths, trials = read_trial_lists(args.eval_list, args.eval_path)
     embeddings = system.embed_files(paths)
     results = []
@@ -205,7 +205,7 @@ def figures_table(results):
 
 
 def load_cohort(system, args):
-    """The cohort of --score_norm asnorm, kept beside the checkpoint for as long as nothing that it depends on changes."""
+    """The cohort of --score_norm asnorm, kept beside the checkpoint until something that it depends on changes."""
     if args.score_norm == 'none':
         return None
     require(os.path.isfile, args.train_list, '--train_list (the cohort of --score_norm)')
@@ -333,7 +333,7 @@ def prepare(args):
         f'{args.n_cpu} loading processes\n'
         f'training      {len(dataset.speakers):,} speakers, {len(dataset):,} utterances ({args.train_list})\n'
         f'augmentation  {clips} files, {len(dataset.rirs):,} RIRs\n'
-        f'evaluation    {trials[0]:,} trials over {trials[1]:,} files ({args.eval_list})\n'
+        f'evaluation    {trials[0]:,} trials over {trials[1]:,} files ({", ".join(args.eval_list)})\n'
         f'an epoch      {len(loader):,} steps of {args.batch_size} utterances\n'
         f'parameters    {encoder:,} in the encoder, {classifier:,} in the classifier of {n_class:,} speakers'
     )
@@ -350,6 +350,8 @@ def check(args):
     if n_class < speakers:
         raise BadInput(f'--n_class {n_class} is too small: {args.train_list} has {speakers} speakers; leave it out')
     loader = make_batches(dataset, args.batch_size, args.n_cpu)
+    if args.batch_size < 2 * args.accumulate * process_count():
+        raise BadInput(f'--accumulate {args.accumulate}: every part of a batch must have 2 utterances, for batch norm')
     require(os.path.isdir, args.train_path, '--train_path')
     # All of VoxCeleb2 would take minutes to open; a wrong folder or rate shows in a sample.
     sample = np.unique(np.linspace(0, len(dataset) - 1, 200).astype(int))
@@ -405,7 +407,7 @@ def write_options(args):
         values = value if isinstance(value, list) else [value]
         if value is True:
             lines.append(f'--{name}')
-        elif value not in (False, None) and name not in ('score_save_path', 'model_save_path'):
+        elif value is not None and value is not False and name not in ('score_save_path', 'model_save_path'):
             lines.append(f'--{name} {shlex.join(map(str, values))}')
     write_text(path, '\n'.join(lines) + '\n')
 

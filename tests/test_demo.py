@@ -1,0 +1,102 @@
+"""The demo's voices: same corpus for the same seed, and voices that differ by voice, not by level or channel."""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import voices
+from conftest import command_line
+
+import trainECAPAModel
+from ECAPAModel import ECAPAModel
+from tools import read_scores
+
+ROOT = Path(__file__).parents[1]
+
+
+def contents(folder):
+    """{path: bytes} of all files of a corpus but its marker."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob('*') if p.suffix in ('.wav', '.txt')}
+
+
+def test_a_corpus_follows_from_its_seed(tmp_path, capsys):
+    small = dict(train_speakers=3, test_speakers=2, utterances=2, seconds=1.0)
+    voices.make_corpus(tmp_path / 'a', **small, processes=1)
+    voices.make_corpus(tmp_path / 'b', **small, processes=2)
+    voices.make_corpus(tmp_path / 'c', **small, processes=2, seed=11)
+    first, second, other = (contents(tmp_path / name) for name in 'abc')
+    assert first == second and first.keys() == other.keys()
+    assert all(other[name] != data for name, data in first.items() if 'id000' in name and name.endswith('.wav'))
+    for path in (tmp_path / 'a').rglob('*.wav'):
+        info = soundfile.info(path)
+        assert (info.samplerate, info.channels, info.subtype) == (16000, 1, 'PCM_16')
+        audio = soundfile.read(path)[0]
+        assert 0.001 < np.abs(audio).max() < 1, path
+    lines = (tmp_path / 'a/VoxCeleb1/veri_test2.txt').read_text().splitlines()
+    pairs = [tuple(sorted(line.split()[1:])) for line in lines]
+    assert len(set(pairs)) == len(pairs) and all(a != b for a, b in pairs)
+    train = (tmp_path / 'a/VoxCeleb2/train_list.txt').read_text()
+    assert {line.split()[0] for line in train.splitlines()}.isdisjoint(name.split('/')[0] for p in pairs for name in p)
+    capsys.readouterr()
+    voices.make_corpus(tmp_path / 'a', **small)
+    assert 'there already' in capsys.readouterr().out
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
+    (tmp_path / 'thesis.txt').write_text('years of work')
+    with pytest.raises(SystemExit) as stop:
+        voices.main(['--out', str(tmp_path)])
+    assert stop.value.code == 2 and 'choose another folder' in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ['thesis.txt']
+
+
+def test_the_demo_trains_on_enough_speakers():
+    text = (ROOT / 'exps/demo/run.sh').read_text()
+    assert 'trainECAPAModel.py @exps/demo/options.txt' in text and 'voices.py' in text
+    defaults = voices.make_corpus.__defaults__
+    assert defaults[0] >= 60 and defaults[1] >= 20
+    args = trainECAPAModel.make_parser().parse_args([f'@{ROOT}/exps/demo/options.txt'])
+    assert args.save_path == 'exps/demo/result' and args.max_epoch % args.test_step == 0
+
+
+@pytest.mark.slow
+def test_training_learns_the_voice(tmp_path, capsys):
+    """EER on unseen voices: trained, under that of the untrained network and of one trained on shuffled labels."""
+    corpus = tmp_path / 'corpus'
+    voices.make_corpus(corpus, train_speakers=20, test_speakers=8, utterances=8, seconds=2.5)
+    train_list = corpus / 'VoxCeleb2/train_list.txt'
+    lines = [line.split() for line in train_list.read_text().splitlines()]
+    speakers = np.random.default_rng(0).permutation([speaker for speaker, _ in lines])
+    shuffled = tmp_path / 'shuffled.txt'
+    shuffled.write_text(''.join(f'{speaker} {name}\n' for speaker, (_, name) in zip(speakers, lines)))
+    options = {
+        'train_path': corpus / 'VoxCeleb2/train/wav',
+        'eval_list': corpus / 'VoxCeleb1/veri_test2.txt',
+        'eval_path': corpus / 'VoxCeleb1/test/wav',
+        'musan_path': corpus / 'musan_split',
+        'rir_path': corpus / 'simulated_rirs',
+        **{'C': 32, 'num_frames': 100, 'batch_size': 16, 'n_cpu': 1, 'device': 'cpu'},
+    }
+    eers = {}
+    for name, path in (('trained', train_list), ('shuffled', shuffled)):
+        folder = tmp_path / name
+        trainECAPAModel.main(
+            command_line(**options, train_list=path, save_path=folder, max_epoch=24, test_step=24, lr=0.002)
+        )
+        eers[name] = read_scores(folder / 'score.txt')[-1][4]
+    torch.manual_seed(0)
+    system = ECAPAModel(lr=0.001, lr_decay=0.97, C=32, n_class=2, m=0.2, s=30, test_step=1, device='cpu')
+    system.save_parameters(tmp_path / 'untrained.model')
+    capsys.readouterr()
+    scored = {name: options[name] for name in ('eval_list', 'eval_path', 'device')}
+    trainECAPAModel.main(
+        command_line('--eval', initial_model=tmp_path / 'untrained.model', save_path=tmp_path / 'untrained', **scored)
+    )
+    eers['untrained'] = float(re.search(r'([\d.]+)%', capsys.readouterr().out)[1])
+    print(eers)
+    assert eers['trained'] < 0.7 * eers['untrained'] and eers['trained'] < 0.7 * eers['shuffled'], eers
+    assert os.path.exists(tmp_path / 'trained/model/model_0024.model')
