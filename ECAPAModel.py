@@ -113,7 +113,10 @@ class ECAPAModel(nn.Module):
         return self.speaker_loss(embedding, labels)
 
     def train_step(self, audio, labels):
-        """One optimiser step on waveforms (B, samples) and labels (B,). Returns [loss, accuracy in percent] (2,)."""
+        """One optimiser step on waveforms (B, samples) and labels (B,). Returns [loss, accuracy in percent] (2,).
+
+        An encoder in evaluation mode is left as it is.
+        """
         self.optim.zero_grad()
         totals = 0
         for part, part_labels in zip(audio.tensor_split(self.accumulate), labels.tensor_split(self.accumulate)):

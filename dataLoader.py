@@ -142,7 +142,7 @@ class NoiseFiles:
     def count_pieces(path):
         """Pieces of 5 s in a file, one at least."""
         # A 16-bit wav of this size is one piece: MUSAN cut in pieces has 150,000 files, too many to open.
-        if path.lower().endswith('.wav') and os.path.getsize(path) <= 2 * PIECE + 1000:
+        if path.lower().endswith('.wav') and os.path.exists(path) and os.path.getsize(path) <= 2 * PIECE + 1000:
             return 1
         with open_audio(path) as file:
             return 1 + max(0, file.frames - PIECE) // PIECE_STEP

@@ -308,12 +308,17 @@ def verify(args):
     say(f'score {score:.4f}')
     folders = [args.save_path, os.path.dirname(os.path.dirname(os.path.abspath(args.initial_model)))]
     for path in (os.path.join(folder, 'results.json') for folder in folders):
-        record = json.loads(open(path, encoding='utf-8').read()) if os.path.exists(path) else None
-        if record and record['checkpoint']['sha256'] == digest(args.initial_model):
-            for name, figures in record['lists'].items():
-                threshold = figures['raw']['EER']['threshold']
-                decision = 'the same speaker' if score > threshold else 'different speakers'
-                say(f'{decision}, at the EER threshold of {name}, {threshold:.4f}; other recordings have another one')
+        try:
+            with open(path, encoding='utf-8') as file:
+                record = json.load(file)
+            ours = record['checkpoint']['sha256'] == digest(args.initial_model)
+            thresholds = {name: figures['raw']['EER']['threshold'] for name, figures in record['lists'].items() if ours}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        for name, threshold in thresholds.items():
+            decision = 'the same speaker' if score > threshold else 'different speakers'
+            say(f'{decision}, at the EER threshold of {name}, {threshold:.4f}; other recordings have another one')
+        if thresholds:
             return
     say('no threshold is known: --eval on trials of recordings like these finds one')
 
