@@ -446,7 +446,7 @@ def write_marker(out, settings, complete):
     os.replace(temporary, os.path.join(out, MARKER))
 
 
-def make_corpus(out, train_speakers=64, test_speakers=20, utterances=12, seconds=4.0, seed=10, processes=2):
+def make_corpus(out, train_speakers=64, test_speakers=20, utterances=8, seconds=3.5, seed=10, processes=2):
     """Makes the corpus in the folder `out`, or leaves it if it is there: same arguments, same bytes.
 
     utterances: of each speaker; seconds: their mean length; processes: how many share the work. Raises ValueError for
@@ -512,8 +512,8 @@ def main(argv=None):
     parser.add_argument('--out', required=True, default=argparse.SUPPRESS, help='folder of the corpus')
     parser.add_argument('--train_speakers', type=int, default=64, help='voices to train on')
     parser.add_argument('--test_speakers', type=int, default=20, help='other voices, to test on')
-    parser.add_argument('--utterances', type=int, default=12, help='of each speaker')
-    parser.add_argument('--seconds', type=float, default=4.0, help='mean length of an utterance')
+    parser.add_argument('--utterances', type=int, default=8, help='of each speaker')
+    parser.add_argument('--seconds', type=float, default=3.5, help='mean length of an utterance')
     parser.add_argument('--seed', type=int, default=10, help='seed of everything drawn at random')
     parser.add_argument('--processes', type=int, default=2, help='processes that share the work')
     try:
