@@ -262,9 +262,14 @@ def read_crop(path, length, rng, first=0, span=None, cached=False):
         spare = min(frames - first, span or frames) - length
         start = first + (rng.integers(spare, endpoint=True) if spare > 0 else 0)
         if layout is None:
-            return np.resize(read_samples(file, start, length), length)
+            return wrap(read_samples(file, start, length), length)
     offset, dtype, _ = layout
-    return np.resize(to_float(np.fromfile(path, dtype, length, offset=offset + start * dtype.itemsize)), length)
+    return wrap(to_float(np.fromfile(path, dtype, length, offset=offset + start * dtype.itemsize)), length)
+
+
+def wrap(audio, length):
+    """audio (samples,), repeated as often as it takes to fill (length,)."""
+    return audio if len(audio) == length else np.resize(audio, length)
 
 
 @functools.lru_cache(maxsize=8192)

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -143,13 +144,20 @@ def as_norm(scores, embeddings, pairs, cohort, top_n):
     file as a trial is. Each side's mean and deviation are those of its top_n highest cohort scores, all of them if the
     cohort is smaller. Raises BadInput where a file's cohort scores do not differ.
     """
+    top_n = min(top_n, len(cohort))
     cohort = torch.from_numpy(0.5 * cohort.reshape(len(cohort), -1)).T
     vectors = torch.from_numpy(embeddings.reshape(len(embeddings), -1))
     mean, std = np.empty((2, len(vectors)), np.float32)
-    for start in range(0, len(vectors), 1024):
-        closest = (vectors[start : start + 1024] @ cohort).topk(min(top_n, cohort.shape[1]), sorted=False)[0]
-        mean[start : start + 1024] = closest.mean(dim=1)
-        std[start : start + 1024] = closest.std(dim=1, correction=0)
+
+    def moments(rows, scores):
+        # NumPy selects faster than torch.topk, and in several threads.
+        closest = np.partition(scores, -top_n, axis=1)[:, -top_n:]
+        mean[rows], std[rows] = closest.mean(axis=1), closest.std(axis=1)
+
+    with ThreadPoolExecutor(available_cpus()) as pool:
+        for rows in np.array_split(np.arange(len(vectors)), len(vectors) // 4096 + 1):
+            parts = np.array_split(rows, available_cpus())
+            list(pool.map(moments, parts, np.array_split((vectors[rows] @ cohort).numpy(), len(parts))))
     if not std.min() > 0:
         raise BadInput('the cohort cannot normalise: all its speakers score the same; give more speakers or --top_n')
     return ((scores[:, None] - mean[pairs]) / std[pairs]).mean(axis=1)
