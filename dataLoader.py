@@ -377,9 +377,12 @@ def read_fields(path, count, role):
             found = np.add.reduceat(begins, starts, dtype=np.int64)
             bad = np.flatnonzero((found != count) & (found != 0))
             if len(bad):
-                shown = (f'line {done + i + 1}, {found[i]}: {lines[i].decode(errors="replace").strip()[:80]!r}'
-                         for i in bad[:20])  # fmt: skip
-                raise BadInput('\n'.join([f'{role}: {path}: {count} fields a line are expected, but', *shown]))
+                shown = [
+                    f'{path}, line {done + i + 1}: {count} fields expected, {found[i]} found: '
+                    f'{lines[i].decode(errors="replace").strip()[:80]!r}'
+                    for i in bad[:20]
+                ]
+                raise BadInput('\n'.join([f'{role}: lines that cannot be read:', *shown]))
             yield done + 1 + np.flatnonzero(found), part.split()
             done += len(lines)
 

@@ -138,14 +138,16 @@ def test_a_checkpoint_of_the_published_code_is_continued(voices, trained, tmp_pa
 def test_eval_gives_the_figures_of_training(voices, trained, capsys):
     options = {name: voices[name] for name in ('eval_list', 'eval_path')}
     model = trained / 'model/model_0004.model'
-    trainECAPAModel.main(command_line('--eval', initial_model=model, device='cpu', **options))
-    output = capsys.readouterr().out
-    found = re.search(r'EER ([\d.]+)%, minDCF\(p_target 0.05\) ([\d.]+), minDCF\(p_target 0.01\) ([\d.]+)', output)
-    assert float(found[1]) == read_scores(trained / 'score.txt')[-1][4]
+    save_path = trained.parent / 'evaluated'
+    trainECAPAModel.main(command_line('--eval', initial_model=model, save_path=save_path, device='cpu', **options))
+    header, row = (line.split() for line in capsys.readouterr().out.splitlines()[-2:])
+    found = dict(zip(header, row))
+    assert float(found['EER'].rstrip('%')) == read_scores(trained / 'score.txt')[-1][4]
+    assert float(found['minDCF(0.01)']) >= float(found['minDCF(0.05)'])
     system = ECAPAModel(lr=0.001, lr_decay=0.97, C=16, n_class=6, m=0.2, s=30, test_step=1)
     system.load_parameters(model)
     eer, min_dcf = system.eval_network(eval_list=str(voices['eval_list']), eval_path=str(voices['eval_path']))
-    assert (f'{eer:.2f}', f'{min_dcf:.4f}') == (found[1], found[2])
+    assert (f'{eer:.2f}%', f'{min_dcf:.4f}') == (found['EER'], found['minDCF(0.05)'])
 
 
 def test_eval_refuses_another_size(voices, trained, capsys):
@@ -186,7 +188,7 @@ def test_defaults_of_the_published_command():
     args = trainECAPAModel.make_parser().parse_args([])
     expected = dict(num_frames=200, max_epoch=80, batch_size=400, test_step=1, lr=0.001, lr_decay=0.97)
     expected.update(m=0.2, s=30, save_path='exps/exp1', initial_model='', eval=False, seed=10, device='auto')
-    expected.update(eval_list='data/VoxCeleb1/veri_test2.txt', rir_path='data/RIRS_NOISES/simulated_rirs')
+    expected.update(eval_list=['data/VoxCeleb1/veri_test2.txt'], rir_path='data/RIRS_NOISES/simulated_rirs')
     assert {name: getattr(args, name) for name in expected} == expected
 
 

