@@ -5,7 +5,6 @@ All audio is 16 kHz and mono, as float32 in [-1, 1].
 
 import argparse
 import collections
-import contextlib
 import functools
 import multiprocessing
 import os
@@ -256,15 +255,22 @@ def read_crop(path, length, rng, first=0, span=None, cached=False):
     first, span: the part of the file, in samples, that the crop is drawn from if it fits there. cached: remember how
     the file is laid out, for files that are read again and again.
     """
-    layout = wav_layout(path) if cached else None
-    with open_audio(path) if layout is None else contextlib.nullcontext() as file:
-        frames = file.frames if layout is None else layout[2]
-        spare = min(frames - first, span or frames) - length
-        start = first + (rng.integers(spare, endpoint=True) if spare > 0 else 0)
-        if layout is None:
+    layout = known_wav_layout(path) if cached else wav_layout(path)
+    if layout is None:
+        with open_audio(path) as file:
+            start = draw_start(rng, file.frames, length, first, span)
             return wrap(read_samples(file, start, length), length)
-    offset, dtype, _ = layout
-    return wrap(to_float(np.fromfile(path, dtype, length, offset=offset + start * dtype.itemsize)), length)
+    offset, dtype, frames = layout
+    offset += dtype.itemsize * draw_start(rng, frames, length, first, span)
+    with open(path, 'rb', buffering=0) as file:
+        file.seek(offset)
+        return wrap(to_float(np.frombuffer(file.read(min(frames, length) * dtype.itemsize), dtype)), length)
+
+
+def draw_start(rng, frames, length, first, span):
+    """Where in a file of `frames` samples a crop starts, as read_crop draws it."""
+    spare = min(frames - first, span or frames) - length
+    return first + (int(rng.integers(spare, endpoint=True)) if spare > 0 else 0)
 
 
 def wrap(audio, length):
@@ -272,13 +278,10 @@ def wrap(audio, length):
     return audio if len(audio) == length else np.resize(audio, length)
 
 
-@functools.lru_cache(maxsize=8192)
 def wav_layout(path):
-    """(offset in bytes, dtype, samples) of the audio in a 16-bit or float wav; None for any other file.
-
-    Only the layout is kept: a file that stays mapped into memory would hold a file descriptor, and MUSAN has more files
-    than a process may have open.
-    """
+    """(offset in bytes, dtype, samples) of the audio in a 16-bit or float wav at 16 kHz; None for any other file."""
+    if not path.lower().endswith('.wav'):
+        return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', wavfile.WavFileWarning)
@@ -287,6 +290,11 @@ def wav_layout(path):
         return None
     fits = rate == RATE and samples.ndim == 1 and len(samples) and samples.dtype in (np.int16, np.float32)
     return (samples.offset, samples.dtype, len(samples)) if fits else None
+
+
+# Only the layout is remembered: a file that stays mapped into memory holds a file descriptor, and MUSAN has more files
+# than a process may have open.
+known_wav_layout = functools.lru_cache(maxsize=8192)(wav_layout)
 
 
 def to_float(samples):
