@@ -1,6 +1,6 @@
 """Measures the modules against the plain implementations of plain.py, side by side on this machine.
 
-    python tests/benchmark.py                 # everything, in about three minutes on two cores
+    python tests/benchmark.py                 # everything, in about four minutes on two cores
     python tests/benchmark.py loader step     # some sections: loader, step, pipeline, ...
 
 Plain and ours take turns, and a ratio is the median of the ratios of the turns: what else the machine does then slows
