@@ -100,6 +100,19 @@ def test_several_lists_in_one_command(tree, model, tmp_path, capsys, monkeypatch
     assert [row.split() for row in capsys.readouterr().out.splitlines()[-2:]] == [row.split() for row in together[1:]]
 
 
+def test_several_lists_in_training(tree, tmp_path, capsys):
+    lines = Path(tree['eval_list']).read_text().splitlines(keepends=True)
+    second = tmp_path / 'second.txt'
+    second.write_text(''.join(lines[:40]))
+    options = {**tree, 'C': 8, 'num_frames': 20, 'batch_size': 4, 'max_epoch': 1}
+    first = options.pop('eval_list')
+    trainECAPAModel.main([*command_line(device='cpu', n_cpu=0, **options), '--eval_list', first, str(second)])
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert (rows[first][1], rows[str(second)][1]) == ('66', '40')
+    (score,) = tools.read_scores(tree['save_path'] + '/score.txt')
+    assert f'{score[4]:.2f}%' == rows[first][2]
+
+
 def test_as_norm_by_command(tree, model, capsys, monkeypatch):
     options = {**eval_options(tree, model), 'train_list': tree['train_list'], 'train_path': tree['train_path']}
     made, cohort = [], ECAPAModel.cohort
