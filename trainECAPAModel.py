@@ -140,7 +140,11 @@ def join_processes(args):
     if args.device in ('auto', 'cuda') and torch.cuda.is_available():
         args.device = f'cuda:{os.environ["LOCAL_RANK"]}'
         torch.cuda.set_device(args.device)
-    dist.init_process_group('nccl' if args.device.startswith('cuda') else 'gloo')
+    store, rank, size = next(dist.rendezvous('env://'))
+    # The store outlives a restart: without a prefix, a process may find the address of the one that was killed.
+    store = dist.PrefixStore(f'restart {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
+    backend = 'nccl' if args.device.startswith('cuda') else 'gloo'
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
 @contextlib.contextmanager

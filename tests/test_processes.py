@@ -116,8 +116,7 @@ def test_a_restarted_job_goes_on_after_the_last_checkpoint(tree, tmp_path):
         'trainECAPAModel.test = killed_once\n'
         'trainECAPAModel.main()\n'
     )
-    # Of the restarts that the README gives: gloo sometimes fails to connect in the first one.
-    done = torchrun(script, *command_line(**{**SMALL, **tree}), restarts=3, cwd=tmp_path)
+    done = torchrun(script, *command_line(**{**SMALL, **tree}), restarts=1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert 'after epoch 1' in done.stdout
     assert [score[0] for score in read_scores(tree['save_path'] + '/score.txt')] == [1, 2]
