@@ -8,15 +8,15 @@ import collections
 import functools
 import multiprocessing
 import os
+import random
 import sys
-import warnings
+import wave
 from array import array
 
 import numpy as np
 import soundfile
 import torch
 import torchaudio
-from scipy.io import wavfile
 from scipy.signal import fftconvolve
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
@@ -63,10 +63,11 @@ class train_loader(Dataset):
 
     def __getitem__(self, index):
         if isinstance(index, tuple):
-            rng = np.random.default_rng([self.seed, *index])
+            # Python's generator starts and draws single numbers several times faster than NumPy's.
+            rng = random.Random(f'{self.seed} {index}')
             index = index[1]
         else:
-            rng = np.random.default_rng(torch.randint(2**31, (2,)).tolist())
+            rng = random.Random(int(torch.randint(2**63 - 1, ())))
         version, utterance = divmod(index, len(self.labels))
         speed = self.speeds[version]
         audio = read_crop(self.path(index), -(-self.length * speed // 100), rng)
@@ -76,7 +77,7 @@ class train_loader(Dataset):
 
     def augment(self, audio, rng):
         """One of six, equally likely: clean, reverberation, babble, music, noise, television (babble and music)."""
-        kind = rng.integers(6)
+        kind = rng.randrange(6)
         if kind == 1:
             return self.add_rev(audio, rng)
         for category in ((), (), ('speech',), ('music',), ('noise',), ('speech', 'music'))[kind]:
@@ -85,15 +86,15 @@ class train_loader(Dataset):
 
     def add_rev(self, audio, rng=None):
         """audio (..., samples) in a room drawn at random."""
-        rng = rng or np.random.default_rng()
-        return reverberate(audio, read_audio(self.rirs[rng.integers(len(self.rirs))]))
+        rng = rng or random.Random()
+        return reverberate(audio, read_audio(self.rirs[rng.randrange(len(self.rirs))]))
 
     def add_noise(self, audio, noisecat, rng=None):
         """audio (..., samples) plus clips of 'noise', 'speech' or 'music', each at its own SNR."""
-        rng = rng or np.random.default_rng()
+        rng = rng or random.Random()
         level = decibels(audio)
         mixed = np.array(audio, np.float32)
-        count = rng.integers(*NOISE_CLIPS[noisecat], endpoint=True)
+        count = rng.randint(*NOISE_CLIPS[noisecat])
         for noise in self.noises[noisecat].draw(rng, audio.shape[-1], count):
             snr = rng.uniform(*NOISE_SNR[noisecat])
             noise *= np.float32(10 ** ((level - decibels(noise) - snr) / 20))
@@ -152,9 +153,9 @@ class NoiseFiles:
     def draw(self, rng, length, count):
         """Yields `count` clips, float32 (length,), of different pieces where there are as many."""
         total = int(self.pieces[-1])
-        for piece in rng.choice(total, count, replace=count > total):
+        for piece in (rng.choices if count > total else rng.sample)(range(total), k=count):
             index = np.searchsorted(self.pieces, piece, side='right')
-            piece -= self.pieces[index - 1] if index else 0
+            piece -= int(self.pieces[index - 1]) if index else 0
             yield read_crop(self.paths[index], length, rng, piece * PIECE_STEP, PIECE, cached=True)
 
 
@@ -260,17 +261,17 @@ def read_crop(path, length, rng, first=0, span=None, cached=False):
         with open_audio(path) as file:
             start = draw_start(rng, file.frames, length, first, span)
             return wrap(read_samples(file, start, length), length)
-    offset, dtype, frames = layout
-    offset += dtype.itemsize * draw_start(rng, frames, length, first, span)
+    offset, frames = layout
+    offset += 2 * draw_start(rng, frames, length, first, span)
     with open(path, 'rb', buffering=0) as file:
         file.seek(offset)
-        return wrap(to_float(np.frombuffer(file.read(min(frames, length) * dtype.itemsize), dtype)), length)
+        return wrap(to_float(np.frombuffer(file.read(2 * min(frames, length)), '<i2')), length)
 
 
 def draw_start(rng, frames, length, first, span):
     """Where in a file of `frames` samples a crop starts, as read_crop draws it."""
     spare = min(frames - first, span or frames) - length
-    return first + (int(rng.integers(spare, endpoint=True)) if spare > 0 else 0)
+    return first + (rng.randint(0, spare) if spare > 0 else 0)
 
 
 def wrap(audio, length):
@@ -279,17 +280,19 @@ def wrap(audio, length):
 
 
 def wav_layout(path):
-    """(offset in bytes, dtype, samples) of the audio in a 16-bit or float wav at 16 kHz; None for any other file."""
+    """(offset in bytes, samples) of the audio in a 16-bit mono wav at 16 kHz; None for any other file."""
     if not path.lower().endswith('.wav'):
         return None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore', wavfile.WavFileWarning)
-            rate, samples = wavfile.read(path, mmap=True)
-    except (OSError, ValueError):
+        # The header is parsed faster than by soundfile.
+        with open(path, 'rb', buffering=0) as file:
+            header = wave.open(file)
+            offset, frames = file.tell(), header.getnframes()
+            size = os.fstat(file.fileno()).st_size
+    except (OSError, EOFError, wave.Error):
         return None
-    fits = rate == RATE and samples.ndim == 1 and len(samples) and samples.dtype in (np.int16, np.float32)
-    return (samples.offset, samples.dtype, len(samples)) if fits else None
+    fits = (header.getframerate(), header.getnchannels(), header.getsampwidth()) == (RATE, 1, 2)
+    return (offset, frames) if fits and 0 < frames <= (size - offset) // 2 else None
 
 
 # Only the layout is remembered: a file that stays mapped into memory holds a file descriptor, and MUSAN has more files

@@ -12,7 +12,51 @@ from torch import nn
 
 def mean_over_time(x, mask=None):
     """Means (B, channels) of x (B, channels, T), over the frames where mask (B, 1, T) is 1 if there is one."""
-    return x.mean(dim=2) if mask is None else (x * mask).sum(dim=2) / mask.sum(dim=2)
+    # Tensor.mean would write out a gradient of x's size whose columns are all the same.
+    return x.sum(dim=2) / x.shape[2] if mask is None else (x * mask).sum(dim=2) / mask.sum(dim=2)
+
+
+class Moments(torch.autograd.Function):
+    """Mean and unbiased variance over time of x (B, channels, T): two of (B, channels).
+
+    As WeightedMoments, it takes half of the memory and time that autograd would.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        mean = mean_over_time(x)
+        ctx.save_for_backward(x, mean)
+        return mean, (x - mean.unsqueeze(2)).square_().sum(dim=2) / (x.shape[2] - 1)
+
+    @staticmethod
+    def backward(ctx, grad_mean, grad_variance):
+        x, mean = ctx.saved_tensors
+        slope = 2 / (x.shape[2] - 1) * grad_variance
+        offset = grad_mean / x.shape[2] - slope * mean
+        return torch.addcmul(offset.unsqueeze(2), x, slope.unsqueeze(2))
+
+
+class WeightedMoments(torch.autograd.Function):
+    """Means over time of x and of its square, weighted by the softmax of logits (both (B, channels, T)): (B, channels)
+    each.
+    """
+
+    @staticmethod
+    def forward(ctx, x, logits):
+        weights = logits.softmax(dim=2)
+        product = weights * x
+        mean, mean_square = product.sum(dim=2), product.mul_(x).sum(dim=2)
+        ctx.save_for_backward(x, weights, mean, mean_square)
+        return mean, mean_square
+
+    @staticmethod
+    def backward(ctx, grad_mean, grad_square):
+        x, weights, mean, mean_square = ctx.saved_tensors
+        # The gradient of a weight is x * slope; that of its logit is weight * (x * slope - the weighted mean of these).
+        level = (grad_mean * mean + grad_square * mean_square).unsqueeze(2)
+        slope = torch.addcmul(grad_mean.unsqueeze(2), x, grad_square.unsqueeze(2))
+        grad_x = torch.addcmul(slope, x, grad_square.unsqueeze(2)).mul_(weights)
+        return grad_x, slope.mul_(x).sub_(level).mul_(weights)
 
 
 class SEModule(nn.Module):
@@ -30,8 +74,12 @@ class SEModule(nn.Module):
 
     def forward(self, input, mask=None, mean=None):
         """mean: (B, channels) of the whole utterance, where the input is a part of it."""
+        return input * self.gate(input, mask, mean)
+
+    def gate(self, input, mask=None, mean=None):
+        """The factors (B, channels, 1) of forward."""
         mean = mean_over_time(input, mask) if mean is None else mean
-        return input * self.se(mean.unsqueeze(2))
+        return self.se(mean.unsqueeze(2))
 
 
 class Bottle2neck(nn.Module):
@@ -58,14 +106,16 @@ class Bottle2neck(nn.Module):
         self.width = width
 
     def forward(self, x, mask=None, mean=None):
-        return self.se(self.residual(x, mask), mask, mean) + x
+        residual = self.residual(x, mask)
+        return torch.addcmul(x, residual, self.se.gate(residual, mask, mean))
 
     def residual(self, x, mask=None):
         """What squeeze-excitation scales and the block adds to its input: (B, planes, T)."""
         groups = self.bn1(self.relu(self.conv1(x))).split(self.width, dim=1)
         outputs = []
         for group, conv, bn in zip(groups, self.convs, self.bns):
-            chained = group + outputs[-1] if outputs else group
+            # A copy of the first group, as what a convolution remembers of a view is the whole.
+            chained = group + outputs[-1] if outputs else group.contiguous()
             if mask is not None:
                 chained = chained * mask
             outputs.append(bn(self.relu(conv(chained))))
@@ -144,7 +194,6 @@ class ECAPA_TDNN(nn.Module):
             nn.BatchNorm1d(256),
             nn.Tanh(),
             nn.Conv1d(256, 1536, kernel_size=1),
-            nn.Softmax(dim=2),
         )
         self.bn5 = nn.BatchNorm1d(3072)
         self.fc6 = nn.Linear(3072, 192)
@@ -178,9 +227,13 @@ class ECAPA_TDNN(nn.Module):
             mask = (torch.arange(x.shape[2], device=x.device) < frames.view(-1, 1, 1)).to(x.dtype)
         x = self.bn1(self.relu(self.conv1(x)))
         x1 = self.layer1(x, mask)
-        x2 = self.layer2(x + x1, mask)
-        x3 = self.layer3(x + x1 + x2, mask)
-        x = self.pool(self.relu(self.layer4(torch.cat((x1, x2, x3), dim=1))), mask)
+        x = x + x1
+        x2 = self.layer2(x, mask)
+        x = x + x2
+        x3 = self.layer3(x, mask)
+        x = torch.cat((x1, x2, x3), dim=1)
+        del x1, x2, x3  # a quarter of the activations, which nothing needs from here on
+        x = self.pool(self.relu(self.layer4(x)), mask)
         with torch.autocast(x.device.type, enabled=False):
             return self.bn6(self.fc6(self.bn5(x)))
 
@@ -224,17 +277,15 @@ class ECAPA_TDNN(nn.Module):
     def pool(self, x, mask=None):
         """Attentive statistics with global context (paper, section 3.2): (B, 1536, T) -> float32 (B, 3072)."""
         values = x.float()
-        mean = mean_over_time(values, mask)
         if mask is None:
-            variance = values.var(dim=2)
+            mean, variance = Moments.apply(values)
         else:
-            count = mask.sum(dim=2)
+            mean, count = mean_over_time(values, mask), mask.sum(dim=2)
             variance = mean_over_time((values - mean.unsqueeze(2)) ** 2, mask) * count / (count - 1)
-        w = self.attention_logits(x, self.context(mean, variance))
+        logits = self.attention_logits(x, self.context(mean, variance)).float()
         if mask is not None:
-            w = w.masked_fill(mask == 0, -torch.inf)
-        w = self.attention[-1](w.float())
-        return self.statistics((values * w).sum(dim=2), (values * values * w).sum(dim=2))
+            logits = logits.masked_fill(mask == 0, -torch.inf)
+        return self.statistics(*WeightedMoments.apply(values, logits))
 
     def context(self, mean, variance):
         """What an utterance's mean and variance over time (B, 1536) add to the first attention layer: (B, 256, 1).
@@ -249,7 +300,7 @@ class ECAPA_TDNN(nn.Module):
     def attention_logits(self, x, context):
         """Attention (B, 1536, T) before the softmax over time, of x (B, 1536, T)."""
         w = F.conv1d(x, self.attention[0].weight[:, :1536]) + context
-        for layer in self.attention[1:-1]:
+        for layer in self.attention[1:]:
             w = layer(w)
         return w
 

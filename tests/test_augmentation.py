@@ -1,5 +1,7 @@
 """Crops and augmentation: what is drawn, how often, and at which level."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -54,7 +56,7 @@ def test_six_kinds_are_equally_likely():
             self.calls.append(noisecat)
             return audio
 
-    rng, kinds = np.random.default_rng(1), []
+    rng, kinds = random.Random(1), []
     for _ in range(6000):
         recorder = Recorder()
         recorder.augment(np.zeros(10), rng)
@@ -66,7 +68,7 @@ def test_six_kinds_are_equally_likely():
 
 @pytest.mark.parametrize('category, low, high', [('noise', 0, 15), ('music', 5, 15)])
 def test_noise_and_music_are_one_clip_at_a_uniform_ratio(noises, category, low, high):
-    clean, rng, ratios = tone(77), np.random.default_rng(2), []
+    clean, rng, ratios = tone(77), random.Random(2), []
     for _ in range(400):
         added = noises.add_noise(clean, category, rng) - clean
         assert len(tones_in(added)) == 1
@@ -75,7 +77,7 @@ def test_noise_and_music_are_one_clip_at_a_uniform_ratio(noises, category, low, 
 
 
 def test_babble_is_three_to_eight_speakers_each_at_its_own_ratio(noises):
-    clean, rng, counts, ratios = tone(77), np.random.default_rng(3), [], []
+    clean, rng, counts, ratios = tone(77), random.Random(3), [], []
     for _ in range(400):
         levels = tones_in(noises.add_noise(clean, 'speech', rng) - clean)
         counts.append(len(levels))
@@ -89,7 +91,7 @@ def test_babble_is_three_to_eight_speakers_each_at_its_own_ratio(noises):
 def test_the_ratio_of_the_mixture_is_the_one_drawn(noises, monkeypatch, snr):
     monkeypatch.setitem(dataLoader.NOISE_SNR, 'noise', (snr, snr))
     clean = tone(77, level=0.3)
-    added = noises.add_noise(clean, 'noise', np.random.default_rng(4)) - clean
+    added = noises.add_noise(clean, 'noise', random.Random(4)) - clean
     # The 1e-4 in both levels leaves up to 0.1 dB at these amplitudes.
     assert power(clean) - power(added) == pytest.approx(snr, abs=0.1)
 
@@ -114,7 +116,7 @@ def test_reverberation_convolves_with_unit_energy():
 def test_crops_start_uniformly(tmp_path):
     ramp = np.arange(1100) / 2000
     path = write_wav(tmp_path / 'ramp.wav', ramp)
-    rng, starts = np.random.default_rng(6), []
+    rng, starts = random.Random(6), []
     for _ in range(2020):
         crop = read_crop(path, 1000, rng)
         starts.append(round(crop[0] * 2000))
@@ -125,7 +127,7 @@ def test_crops_start_uniformly(tmp_path):
 @pytest.mark.parametrize('samples', [1, 300, 999, 1000])
 def test_short_utterances_are_wrapped_round(tmp_path, samples):
     ramp = np.arange(samples) / 2000
-    crop = read_crop(write_wav(tmp_path / 'ramp.wav', ramp), 1000, np.random.default_rng(7))
+    crop = read_crop(write_wav(tmp_path / 'ramp.wav', ramp), 1000, random.Random(7))
     np.testing.assert_allclose(crop, np.pad(ramp, (0, 1000 - samples), 'wrap'), atol=1e-6)
 
 
