@@ -27,7 +27,8 @@ from tools import (
     write_whole,
 )
 
-BATCH_FRAMES = 16384  # frames in a batch of evaluation: about 1.5 GB of activations with 1,024 channels
+BATCH_FRAMES = 16384  # frames in a batch of evaluation on a GPU: about 1.5 GB of activations with 1,024 channels
+CPU_BATCH_FRAMES = 4096  # larger ones do not stay in the cache
 WINDOW_FRAMES = 8 * BATCH_FRAMES  # frames read before they are sorted by length into batches
 
 
@@ -236,10 +237,11 @@ class ECAPAModel(nn.Module):
 
         Whole utterances of about the same length share a batch.
         """
+        batch_frames = BATCH_FRAMES if self.device.type == 'cuda' else CPU_BATCH_FRAMES
         for side, items in enumerate((sorted(whole, key=lambda item: item[1].shape[2], reverse=True), crops)):
             while items:
                 count, _, longest = items[0][1].shape
-                size = max(1, BATCH_FRAMES // (count * longest))
+                size = max(1, batch_frames // (count * longest))
                 batch, items = items[:size], items[size:]
                 frames = [x.shape[2] for _, x in batch]
                 padded = torch.cat([nn.functional.pad(x, (0, longest - x.shape[2])) for _, x in batch])

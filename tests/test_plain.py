@@ -88,6 +88,7 @@ def test_long_utterances_block_by_block(size):
 
 def test_evaluation_equals_one_file_at_a_time(tree, monkeypatch):
     monkeypatch.setattr('ECAPAModel.BATCH_FRAMES', 1000)
+    monkeypatch.setattr('ECAPAModel.CPU_BATCH_FRAMES', 1000)
     monkeypatch.setattr('ECAPAModel.WINDOW_FRAMES', 2000)
     for number, samples in enumerate((700, 16000, 400000, 48240)):
         write_wav(f'{tree["eval_path"]}/id{number}/session/00000.wav', 0.5 * wave(number, samples))
