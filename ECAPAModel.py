@@ -1,10 +1,14 @@
 """The system: encoder, classifier and optimiser; an epoch of training, evaluation, saving and loading."""
 
+import collections
+import contextlib
 import glob
 import os
+import re
 import sys
 import time
 import warnings
+import zipfile
 
 import numpy as np
 import torch
@@ -19,6 +23,7 @@ from tools import (
     BadInput,
     available_cpus,
     copy_from_first,
+    gather,
     process_count,
     process_rank,
     score_pairs,
@@ -29,6 +34,7 @@ from tools import (
 
 BATCH_FRAMES = 16384  # frames in a batch of evaluation on a GPU: about 1.5 GB of activations with 1,024 channels
 CPU_BATCH_FRAMES = 4096  # larger ones do not stay in the cache
+CHECKED_LATER = 3  # steps until a loss is looked at: by then a GPU has computed it, so nobody waits
 WINDOW_FRAMES = 8 * BATCH_FRAMES  # frames read before they are sorted by length into batches
 
 
@@ -45,6 +51,14 @@ def choose_device(name='auto'):
 def summary(error):
     """The first line of a library's error, or its type where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+class Diverged(BadInput):
+    """A loss or gradient that is not finite, at `step` (from 1) of `epoch`; `batch` is its (waveforms, labels)."""
+
+    def __init__(self, epoch, step, batch):
+        super().__init__(f'epoch {epoch}, step {step}: the loss or a gradient is not finite')
+        self.epoch, self.step, self.batch = epoch, step, batch
 
 
 class ECAPAModel(nn.Module):
@@ -114,9 +128,10 @@ class ECAPAModel(nn.Module):
         return self.speaker_loss(embedding, labels)
 
     def train_step(self, audio, labels):
-        """One optimiser step on waveforms (B, samples) and labels (B,). Returns [loss, accuracy in percent] (2,).
+        """One optimiser step on waveforms (B, samples) and labels (B,).
 
-        An encoder in evaluation mode is left as it is.
+        Returns [loss, accuracy in percent, norm of the gradient] (3,), without waiting for a GPU. An encoder in
+        evaluation mode is left as it is.
         """
         self.optim.zero_grad()
         totals = 0
@@ -128,44 +143,69 @@ class ECAPAModel(nn.Module):
         if not self.speaker_encoder.training:
             for parameter in self.speaker_encoder.parameters():
                 parameter.grad = None
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         self.optim.step()
-        return totals
+        return torch.cat([totals, norm.view(1)])
 
     def train_network(self, epoch, loader):
         """One epoch over a loader of (waveforms (B, samples), labels (B,)).
 
         Returns (mean loss, learning rate, mean accuracy in percent) of all processes. The progress bar shows, besides
-        these, utterances a second and the share of the time spent waiting for data.
+        these, utterances a second and the share of the time spent waiting for data. Raises Diverged at most
+        CHECKED_LATER steps after a loss or gradient that is not finite.
         """
         self.train()
         self.speaker_encoder.train(epoch > self.freeze_epochs)
         lr = self.set_learning_rate(epoch)
-        totals = torch.zeros(2, device=self.device)
+        totals, unchecked = torch.zeros(3, device=self.device), collections.deque()
         steps, waited, shown, begin = 0, 0.0, 0.0, time.perf_counter()
         with tqdm(desc=f'epoch {epoch}', total=len(loader), unit='step', disable=self.quiet()) as bar:
             asked = begin
-            for steps, (audio, labels) in enumerate(loader, 1):
-                audio, labels = (tensor.to(self.device, non_blocking=True) for tensor in (audio, labels))
+            for steps, batch in enumerate(loader, 1):
+                audio, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
                 now = time.perf_counter()
                 # The first batch takes as long as the workers take to start.
                 waited += now - asked if steps > 1 else 0
-                totals += self.train_step(audio, labels)
+                result = self.train_step(audio, labels)
+                totals += result
+                unchecked.append((epoch, steps, batch, *self.start_check(result)))
+                if len(unchecked) > CHECKED_LATER:
+                    self.finish_check(*unchecked.popleft())
                 bar.update()
                 # Reading the loss makes the host wait for the GPU, so not in every step.
                 if not bar.disable and now - shown > 1:
                     shown, elapsed = now, now - begin
-                    loss, accuracy = (totals / steps).tolist()
+                    loss, accuracy, _ = (totals / steps).tolist()
                     bar.set_postfix_str(
                         f'loss {loss:.3f}, acc {accuracy:.2f}%, lr {lr:.6f}, '
                         f'{steps * len(labels) * process_count() / elapsed:.0f} utt/s, '
                         f'{100 * waited / elapsed:.0f}% waiting for data'
                     )
                 asked = time.perf_counter()
+        for check in unchecked:
+            self.finish_check(*check)
         if steps == 0:
             raise BadInput('an epoch has no full batch: the training list is shorter than --batch_size')
         self.warn_of_waiting(waited / (time.perf_counter() - begin), steps)
-        loss, accuracy = (sum_over_processes(totals) / (steps * process_count())).tolist()
+        loss, accuracy, _ = (sum_over_processes(totals) / (steps * process_count())).tolist()
         return loss, lr, accuracy
+
+    def start_check(self, result):
+        """Starts copying whether all of a step's result is finite to the host: (the copy, event of its end or None)."""
+        finite = result.isfinite().all().to('cpu', non_blocking=True)
+        if self.device.type != 'cuda':
+            return finite, None
+        event = torch.cuda.Event()
+        event.record()
+        return finite, event
+
+    @staticmethod
+    def finish_check(epoch, step, batch, finite, event):
+        """Waits for that copy, and for nothing that was asked of the GPU later; raises Diverged if it says so."""
+        if event is not None:
+            event.synchronize()
+        if not finite:
+            raise Diverged(epoch, step, batch)
 
     def warn_of_waiting(self, share, steps):
         """Says once that the loader is the bottleneck, where it is; share: of the time spent waiting for data."""
@@ -210,7 +250,8 @@ class ECAPAModel(nn.Module):
         """Each file as two vectors, float32 (N, 2, 192): its whole utterance's unit embedding, and the mean of the unit
         embeddings of its five crops, so that the dot product of two means is the mean over 25 pairs of crops.
 
-        Where processes train together each reads its part of the files, and all return the same.
+        Where processes train together each reads its part of the files, and all return the same. Raises BadInput that
+        names every file that cannot be used, or whose embedding is not finite.
         """
         self.eval()
         for statistics in self.buffers():
@@ -220,8 +261,12 @@ class ECAPAModel(nn.Module):
         dataset = EvalUtterances([paths[i] for i in mine], any_format)
         files = DataLoader(dataset, batch_size=None, num_workers=min(self.n_cpu, len(mine)))
         embeddings = torch.zeros(len(paths), 2, 192, device=self.device)
-        whole, crops, waiting = [], [], 0
+        whole, crops, faults, waiting = [], [], [], 0
         for index, audio in zip(mine, tqdm(files, 'evaluating', unit='file', disable=self.quiet(), leave=False)):
+            if isinstance(audio, str):
+                faults.append(audio)
+            if faults:
+                continue
             audio = audio.to(self.device)
             whole.append((index, self.speaker_encoder.features(audio[None])))
             crops.append((index, self.speaker_encoder.features(eval_crops(audio))))
@@ -230,7 +275,14 @@ class ECAPAModel(nn.Module):
                 self.embed_batches(whole, crops, embeddings)
                 whole, crops, waiting = [], [], 0
         self.embed_batches(whole, crops, embeddings)
-        return sum_over_processes(embeddings).cpu().numpy()
+        embeddings = sum_over_processes(embeddings).cpu()
+        faults = gather(faults)
+        if not faults:
+            broken = torch.nonzero(~embeddings.isfinite().all(dim=(1, 2))).flatten().tolist()
+            faults = [f'{paths[i]}: its embedding is not finite; is the model?' for i in broken]
+        if faults:
+            raise BadInput('\n'.join([f'{len(faults)} of {len(paths)} files cannot be embedded:', *faults]))
+        return embeddings.numpy()
 
     def embed_batches(self, whole, crops, embeddings):
         """Fills in embeddings (N, 2, 192) from lists of (index, features (utterances, 80, frames)) of as many files.
@@ -262,49 +314,41 @@ class ECAPAModel(nn.Module):
         """Writes the flat state dict of the published format: speaker_encoder.* and speaker_loss.weight."""
         write_whole(path, lambda file: torch.save(self.state_dict(), file))
 
-    def save_training(self, folder, epoch, loss, lr, accuracy):
-        """Writes model_EPOCH.model and, beside it, model_EPOCH.state: what else a resume needs.
+    def save_training(self, folder, epoch, keep=0, **rest):
+        """Writes model_EPOCH.model and, beside it, model_EPOCH.state: what else a resume needs, `rest` included.
 
-        The state is twice the size of the model, so only the two newest are kept.
+        A state is twice the size of the model, so only the two newest are kept; of the models, `keep` if that is not 0.
+        Raises BadInput where the disk refuses, with what was saved before untouched.
         """
         path = os.path.join(folder, f'model_{epoch:04d}')
-        state = {'epoch': epoch, 'loss': loss, 'lr': lr, 'accuracy': accuracy, 'optim': self.optim.state_dict()}
+        state = {'epoch': epoch, **rest, 'optim': self.optim.state_dict()}
         write_whole(f'{path}.state', lambda file: torch.save(state, file))
         self.save_parameters(f'{path}.model')
-        for old in sorted(glob.glob(glob.escape(folder) + '/model_*.state'))[:-2]:
-            os.remove(old)
+        old = sorted(glob.glob(glob.escape(folder) + '/model_*.state'))[:-2]
+        old += list(saved_models(folder))[keep:] if keep else []
+        for name in old:
+            with contextlib.suppress(OSError):
+                os.remove(name)
 
     def resume(self, folder):
-        """Loads the newest checkpoint of a folder that can be read, and the optimiser's state beside it.
+        """Loads the newest checkpoint of a folder that can be read, with the optimiser's state beside it.
 
-        Returns {epoch, loss, lr, accuracy} of that epoch, without the last three where it has no state (a checkpoint of
-        the published code), or None where there is nothing to resume. Says on standard error what it passed over.
+        Returns the state without the optimiser's; {'epoch'} alone where no checkpoint has one, as those of the
+        published code; or None where there is nothing to resume. Says on standard error what it passed over.
         """
-        for path in sorted(glob.glob(glob.escape(folder) + '/model_[0-9]*.model'), reverse=True):
-            epoch = int(os.path.basename(path)[len('model_') : -len('.model')])
-            try:
-                state = read_checkpoint(path)
-            except BadInput as error:
-                print(f'{error}\npassed over; trying the checkpoint before it', file=sys.stderr)
-                continue
+        for path, state in loadable(folder):
             if self.load_parameters(path):
+                found, own = checkpoint_sizes(read_checkpoint(path))[1], len(self.speaker_loss.weight)
                 raise BadInput(
-                    f'{path}: cannot be continued: it has {checkpoint_sizes(state)[1]} speakers, this run '
-                    f'{len(self.speaker_loss.weight)}; choose another --save_path, and --initial_model to start from it'
+                    f'{path}: cannot be continued: it has {found} speakers, this run {own}; '
+                    'choose another --save_path, and --initial_model to start from it'
                 )
-            return {'epoch': epoch, **self.load_state(path.removesuffix('.model') + '.state')}
-        return None
-
-    def load_state(self, path):
-        """Restores the optimiser from a .state file; returns the rest of it, or {} where it cannot be read."""
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            self.optim.load_state_dict(state.pop('optim'))
+            if 'optim' in state:
+                self.optim.load_state_dict(state.pop('optim'))
+            else:
+                print(f'{path}: no usable .state beside it; the optimiser starts afresh', file=sys.stderr)
             return state
-        except Exception as error:
-            why = 'missing' if not os.path.exists(path) else f'unreadable ({summary(error)})'
-            print(f'{path}: {why}; the optimiser starts afresh', file=sys.stderr)
-            return {}
+        return None
 
     def load_parameters(self, path):
         """Loads a checkpoint; returns the names of its tensors that do not fit and were left out.
@@ -335,6 +379,40 @@ def load_model(path, **kwargs):
     return system
 
 
+def saved_models(folder):
+    """{path of a checkpoint: its epoch} in a run's folder of models, the newest first."""
+    paths = sorted(glob.glob(glob.escape(folder) + '/model_[0-9]*.model'), reverse=True)
+    epochs = [re.fullmatch(r'model_(\d+)\.model', os.path.basename(path)) for path in paths]
+    return {path: int(epoch[1]) for path, epoch in zip(paths, epochs) if epoch}
+
+
+def loadable(folder):
+    """Yields (path, state) of a run's checkpoints that can be read, newest first; all that have a state come first.
+
+    Says on standard error why it passes over a file.
+    """
+    for with_state in (True, False):
+        for path, epoch in saved_models(folder).items():
+            state_path, state = path.removesuffix('.model') + '.state', {'epoch': epoch}
+            if with_state and not os.path.exists(state_path):
+                continue
+            try:
+                read_checkpoint(path)
+                state = read_state(state_path, epoch) if with_state else state
+            except BadInput as error:
+                print(f'{error}\npassed over; trying the checkpoint before it', file=sys.stderr)
+                continue
+            yield path, state
+
+
+def read_state(path, epoch):
+    """Contents of a .state file; BadInput where it cannot be read or belongs to another epoch."""
+    state = read_file(path, 'the state of a training run')
+    if not isinstance(state, dict) or state.get('epoch') != epoch or not isinstance(state.get('optim'), dict):
+        raise BadInput(f'{path}: not the state of a training run after epoch {epoch}')
+    return state
+
+
 def read_checkpoint(path):
     """State dict of a checkpoint, on the CPU, without executing anything in the file.
 
@@ -342,18 +420,52 @@ def read_checkpoint(path):
     """
     if not os.path.isfile(path):
         raise BadInput(f'--initial_model: {path}: no such checkpoint')
-    try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:
-        # torch.load raises a dozen types for damaged files, none of them its own.
-        raise BadInput(f'{path}: cannot be read as a checkpoint: {summary(error)}') from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+    state = read_file(path, 'a checkpoint')
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+        for name, tensor in state.items()
+    ):
         raise BadInput(f'{path}: not a checkpoint of this model: a flat dictionary of tensors was expected')
     state = {name.removeprefix('module.'): tensor for name, tensor in state.items()}
     for name, dimensions in (('speaker_encoder.conv1.weight', 3), ('speaker_loss.weight', 2)):
         if name not in state or state[name].ndim != dimensions:
             raise BadInput(f'{path}: not a checkpoint of this model: {name} is missing or has another shape')
+    broken = [name for name, tensor in state.items() if not tensor.float().isfinite().all()]
+    if broken:
+        raise BadInput(f'{path}: holds numbers that are not finite, in {broken[0]}')
     return state
+
+
+def read_file(path, role):
+    """What torch.save wrote, on the CPU, without executing anything in the file; BadInput says what it is instead."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                # PyTorch leaves the checksums alone, and a flipped bit would go unnoticed.
+                damaged = archive.testzip()
+            if damaged:
+                raise zipfile.BadZipFile(f'the checksum of {damaged} is wrong')
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:
+        # torch.load raises a dozen types for damaged files, none of them its own.
+        raise BadInput(f'{path}: cannot be read as {role}: {describe(path, error)}') from error
+
+
+def describe(path, error):
+    """What a file that torch.load refuses is, in words."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    code = re.search(r'GLOBAL (\S+)', str(error))
+    if code:
+        return f'it would run code on loading ({code[1]}), where only tensors are expected; refused'
+    with open(path, 'rb') as file:
+        begin = file.read(24)
+    size = os.path.getsize(path)
+    if not size:
+        return 'it is empty (0 bytes)'
+    if begin.startswith(b'PK'):
+        return f'it is damaged or cut short, at {size:,} bytes ({summary(error)})'
+    return f'it is no PyTorch file: {size:,} bytes that begin with {begin!r}'
 
 
 def checkpoint_sizes(state):

@@ -9,6 +9,7 @@ import functools
 import multiprocessing
 import os
 import random
+import re
 import sys
 import wave
 from array import array
@@ -27,6 +28,8 @@ RATE = 16000
 EVAL_CROP = 300 * 160 + 240
 PIECE, PIECE_STEP = 5 * RATE, 3 * RATE  # a noise recording counts as its pieces of 5 s, one every 3 s
 SPEEDS = (100, 90, 110)  # percent
+SHORTEST = 257  # samples that a spectrogram needs at least, half a window to either side being a reflection
+CUT_SHORT = re.compile(r'^data : (\d+) \(should be (\d+)\)$', re.MULTILINE)  # in libsndfile's log
 NOISE_SNR = {'noise': (0, 15), 'speech': (13, 20), 'music': (5, 15)}  # dB, each clip against the utterance
 NOISE_CLIPS = {'noise': (1, 1), 'speech': (3, 8), 'music': (1, 1)}  # fewest and most clips mixed in
 
@@ -42,9 +45,25 @@ class train_loader(Dataset):
 
     speed_perturb: adds every utterance at 0.9 and 1.1 of its speed, as of other speakers, since the pitch moves along:
     labels S to 2 S - 1 and 2 S to 3 S - 1 of a list of S speakers.
+
+    bad_audio: a text file that gets a line `epoch path: reason` for each utterance whose file cannot be used, and which
+    another one of the speaker then replaces; without it, such a file is BadInput. max_bad: the percentage of all files
+    beyond which it is BadInput again.
     """
 
-    def __init__(self, train_list, train_path, musan_path, rir_path, num_frames, seed=0, speed_perturb=False, **kwargs):
+    def __init__(
+        self,
+        train_list,
+        train_path,
+        musan_path,
+        rir_path,
+        num_frames,
+        seed=0,
+        speed_perturb=False,
+        bad_audio=None,
+        max_bad=1.0,
+        **kwargs,
+    ):
         self.train_path = train_path
         self.length = num_frames * 160 + 240
         self.seed = seed
@@ -53,6 +72,9 @@ class train_loader(Dataset):
         self.n_class = len(self.speeds) * len(self.speakers)
         self.noises = {category: NoiseFiles(os.path.join(musan_path, category)) for category in NOISE_SNR}
         self.rirs = Strings(find_audio(rir_path, '--rir_path'))
+        self.bad_audio = bad_audio
+        self.max_bad = max_bad
+        self.bad = set()
 
     def __len__(self):
         return len(self.speeds) * len(self.labels)
@@ -65,15 +87,40 @@ class train_loader(Dataset):
         if isinstance(index, tuple):
             # Python's generator starts and draws single numbers several times faster than NumPy's.
             rng = random.Random(f'{self.seed} {index}')
-            index = index[1]
+            epoch, index = index
         else:
             rng = random.Random(int(torch.randint(2**63 - 1, ())))
+            epoch = 0
         version, utterance = divmod(index, len(self.labels))
         speed = self.speeds[version]
-        audio = read_crop(self.path(index), -(-self.length * speed // 100), rng)
+        audio = self.read_utterance(utterance, -(-self.length * speed // 100), rng, epoch)
         audio = change_rate(audio, speed, 100)[: self.length]
         label = version * len(self.speakers) + int(self.labels[utterance])
         return torch.from_numpy(self.augment(audio, rng)), label
+
+    def read_utterance(self, utterance, length, rng, epoch):
+        """`length` samples of an utterance or, where its file cannot be used, of another one of the speaker."""
+        try:
+            return read_speech(self.path(utterance), length, rng)
+        except BadInput as error:
+            if not self.bad_audio:
+                raise
+            self.note_bad(utterance, error, epoch)
+        # The replacement, too, depends on (seed, epoch, index) alone, so not on which files are known to be bad.
+        others = np.flatnonzero(self.labels == self.labels[utterance]).tolist()
+        for other in rng.sample(others, len(others)):
+            try:
+                return read_speech(self.path(other), length, rng)
+            except BadInput as error:
+                self.note_bad(other, error, None)
+        raise BadInput(f'speaker {self.speakers[self.labels[utterance]]} has no file that can be used: take them out')
+
+    def note_bad(self, utterance, error, epoch):
+        """Adds a line to bad_audio; epoch: None where a replacement was bad, so that nothing more was replaced."""
+        with open(self.bad_audio, 'a', encoding='utf-8', errors='surrogateescape') as file:
+            file.write(f'{epoch} {error}\n')
+        self.bad.add(utterance)
+        check_share(len(self.bad), len(self.labels), self.max_bad, str(error))
 
     def augment(self, audio, rng):
         """One of six, equally likely: clean, reverberation, babble, music, noise, television (babble and music)."""
@@ -87,7 +134,8 @@ class train_loader(Dataset):
     def add_rev(self, audio, rng=None):
         """audio (..., samples) in a room drawn at random."""
         rng = rng or random.Random()
-        return reverberate(audio, read_audio(self.rirs[rng.randrange(len(self.rirs))]))
+        path = self.rirs[rng.randrange(len(self.rirs))]
+        return reverberate(audio, require_sound(read_audio(path), path))
 
     def add_noise(self, audio, noisecat, rng=None):
         """audio (..., samples) plus clips of 'noise', 'speech' or 'music', each at its own SNR."""
@@ -233,6 +281,10 @@ def open_audio(path):
         with file:
             found = f'{file.samplerate} Hz with {file.channels} channel{"s" * (file.channels > 1)}'
         raise BadInput(f'{path}: audio must be 16000 Hz with 1 channel, this is {found} (ffmpeg -ar 16000 -ac 1)')
+    announced = CUT_SHORT.search(file.extra_info)
+    if announced and int(announced[1]) < 2**31 - 2**16:  # more than that is what programs write that stream
+        file.close()
+        raise BadInput(f'{path}: is cut short: {announced[1]} bytes of audio are announced, {announced[2]} are there')
     if file.frames == 0:
         file.close()
         raise BadInput(f'{path}: has no samples')
@@ -266,6 +318,52 @@ def read_crop(path, length, rng, first=0, span=None, cached=False):
     with open(path, 'rb', buffering=0) as file:
         file.seek(offset)
         return wrap(to_float(np.frombuffer(file.read(2 * min(frames, length)), '<i2')), length)
+
+
+def read_speech(path, length, rng):
+    """read_crop of an utterance; BadInput also for a file that is silent throughout."""
+    audio = read_crop(path, length, rng)
+    if np.vdot(audio, audio) == 0:
+        require_sound(read_audio(path), path)
+    return audio
+
+
+def require_sound(audio, path):
+    """The samples of a file; BadInput where all of them are zero."""
+    if not audio.any():
+        raise BadInput(f'{path}: is silent from beginning to end')
+    return audio
+
+
+def check_share(bad, files, max_bad, example):
+    """Raises BadInput where more than max_bad percent of the training files cannot be used."""
+    if bad > files * max_bad / 100:
+        raise BadInput(
+            f'more than --max_bad {max_bad:g}% of the training files cannot be used, {bad} of {files}:\n{example}'
+        )
+
+
+def collect_bad_audio(new, path):
+    """Moves the lines that train_loader wrote to `new` into `path`, sorted, each `path: reason` once.
+
+    Returns (how many utterances were replaced in each epoch, a Counter of text; the lines of `path`).
+    """
+    found = [line.split(' ', 1) for line in read_lines(new)]
+    known = read_lines(path)
+    lines = sorted({*known, *(line for _, line in found)})
+    if lines != known:
+        write_text(path, ''.join(f'{line}\n' for line in lines))
+    if found:
+        os.remove(new)
+    return collections.Counter(epoch for epoch, _ in found), lines
+
+
+def read_lines(path):
+    """Lines of a text file without their ends; none where there is no such file."""
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding='utf-8', errors='surrogateescape') as file:
+        return file.read().split('\n')[:-1]
 
 
 def draw_start(rng, frames, length, first, span):
@@ -319,6 +417,8 @@ def read_any(path):
         raise BadInput(f'{path}: cannot be read as audio: {why_unreadable(path, error)}') from error
     if len(audio) == 0:
         raise BadInput(f'{path}: has no samples')
+    if not np.isfinite(np.vdot(audio, audio)):
+        raise BadInput(f'{path}: holds samples that are not finite, or huge')
     done = [f'{audio.shape[1]} channels averaged'] * (audio.shape[1] > 1)
     done += [f'resampled from {rate} Hz'] * (rate != RATE)
     return change_rate(audio.mean(axis=1), rate, RATE), ', '.join(done)
@@ -333,19 +433,26 @@ def change_rate(audio, rate, new_rate):
 
 def read_samples(file, start=0, count=-1):
     """Samples of an open file from `start` on, all or `count` of them; BadInput where it ends before."""
+    expected = file.frames - start if count < 0 else min(count, file.frames - start)
     try:
         file.seek(start)
         # libsndfile converts 16 bits to float more slowly than NumPy does.
-        audio = to_float(file.read(count, dtype='int16' if file.subtype == 'PCM_16' else 'float32'))
-    except soundfile.LibsndfileError as error:
-        raise BadInput(f'{file.name}: cannot be decoded: {error.error_string}') from error
-    if len(audio) == 0:
+        audio = to_float(file.read(expected, dtype='int16' if file.subtype == 'PCM_16' else 'float32'))
+    except (soundfile.SoundFileError, MemoryError) as error:
+        why = getattr(error, 'error_string', 'its header announces more samples than memory holds')
+        raise BadInput(f'{file.name}: cannot be decoded: {why}') from error
+    if len(audio) < expected:
         raise BadInput(f'{file.name}: ends before the {file.frames} samples that its header announces')
+    if not np.isfinite(np.vdot(audio, audio)):
+        raise BadInput(f'{file.name}: holds samples that are not finite, or huge')
     return audio
 
 
 class EvalUtterances(Dataset):
-    """Whole files, as tensors (samples,). any_format: also of other rates and channels, converted with a note."""
+    """Whole files, as tensors (samples,), or as a sentence where they cannot be used.
+
+    any_format: also of other rates and channels, converted with a note.
+    """
 
     def __init__(self, paths, any_format=False):
         self.paths = Strings(paths)
@@ -355,13 +462,31 @@ class EvalUtterances(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index):
-        path = self.paths[index]
+        try:
+            return torch.from_numpy(self.read(self.paths[index]))
+        except BadInput as error:
+            return str(error)
+
+    def read(self, path):
+        """A file's samples; BadInput where there are too few or none but zeros."""
         if not self.any_format:
-            return torch.from_numpy(read_audio(path))
+            return read_whole(path)
         audio, done = read_any(path)
         if done:
             print(f'{path}: {done}', file=sys.stderr)
-        return torch.from_numpy(audio)
+        return check_whole(audio, path)
+
+
+def read_whole(path):
+    """All samples of a file, as read_audio; BadInput also where nothing can be embedded."""
+    return check_whole(read_audio(path), path)
+
+
+def check_whole(audio, path):
+    """The samples of a file; BadInput where there are too few for a spectrogram, or all are zero."""
+    if len(audio) < SHORTEST:
+        raise BadInput(f'{path}: has {len(audio)} samples; {SHORTEST} (16 ms) are the fewest that can be embedded')
+    return require_sound(audio, path)
 
 
 def eval_crops(audio):
@@ -423,10 +548,10 @@ def read_trials(path):
     """Reads lines `label enrolment test`: (files, labels int8 (N,), pairs int32 (N, 2) of indices into files)."""
     index, labels, pairs = {}, [], []
     for numbers, fields in read_fields(path, 3, '--eval_list'):
-        for number, label in zip(numbers, fields[::3]):
-            if label not in (b'0', b'1'):
-                label = os.fsdecode(label)
-                raise BadInput(f'--eval_list: {path}, line {number}: a label is 1 (same speaker) or 0, not {label!r}')
+        bad = [i for i, label in enumerate(fields[::3]) if label not in (b'0', b'1')]
+        if bad:
+            shown = [f'{path}, line {numbers[i]}: {fields[3 * i].decode(errors="replace")[:80]!r}' for i in bad[:20]]
+            raise BadInput('\n'.join(['--eval_list: a label is 1 (same speaker) or 0:', *shown]))
         labels.append(np.array(fields[::3]) == b'1')
         pairs.append(np.stack([number_names(index, fields[side::3]) for side in (1, 2)], axis=1))
     if not index:
@@ -480,17 +605,38 @@ def require(exists, path, role):
     raise BadInput(message)
 
 
-def check_audio(paths, role):
-    """Opens files and raises one BadInput that names the first 20 which are missing or not 16 kHz mono audio."""
-    complaints = []
-    for path in tqdm(paths, desc=f'checking {role}', unit='file', disable=None, leave=False):
-        try:
-            open_audio(path).close()
-        except BadInput as error:
-            complaints.append(str(error))
-    if complaints:
-        summary = f'{role}: {len(complaints)} of {len(paths)} files checked cannot be used, the first:'
-        raise BadInput('\n'.join([summary, *complaints[:20]]))
+def check_header(path):
+    """Opens a file and closes it."""
+    open_audio(path).close()
+
+
+def check_sound(path):
+    """Reads a whole file, which may be short: an utterance to train on, or an RIR."""
+    require_sound(read_audio(path), path)
+
+
+def fault(check, path):
+    """What check(path) raises as BadInput, as text; '' where it raises nothing."""
+    try:
+        check(path)
+        return ''
+    except BadInput as error:
+        return str(error)
+
+
+def check_audio(paths, role, check=check_header, n_cpu=0, max_bad=0):
+    """Goes through files; raises BadInput that names the first 20 faulty ones if they are over max_bad percent.
+
+    Returns what is wrong with files otherwise, as lines. check: raises BadInput for a faulty file: check_header,
+    read_audio (which may be silent), check_sound or read_whole; n_cpu: processes that share the work.
+    """
+    found = DataLoader(paths, batch_size=None, num_workers=n_cpu, collate_fn=functools.partial(fault, check))
+    found = tqdm(found, f'checking {role}', len(paths), unit='file', disable=None, leave=False)
+    faults = [line for line in found if line]
+    if len(faults) > len(paths) * max_bad / 100:
+        summary = f'{role}: {len(faults)} of {len(paths)} files checked cannot be used, the first:'
+        raise BadInput('\n'.join([summary, *faults[:20]]))
+    return faults
 
 
 def inspect_file(path):

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import hashlib
 import os
+import platform
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -56,38 +57,96 @@ def init_args(args):
     """Sets args.score_save_path and args.model_save_path below args.save_path, and makes the folders."""
     args.score_save_path = os.path.join(args.save_path, 'score.txt')
     args.model_save_path = os.path.join(args.save_path, 'model')
-    try:
-        os.makedirs(args.model_save_path, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f'--save_path {args.save_path}: cannot make the folder ({error.strerror})') from error
+    make_folder(args.model_save_path, '--save_path')
     return args
 
 
+def gather(items):
+    """The items of the lists of all processes that train together, in one list."""
+    if process_count() == 1:
+        return items
+    lists = [None] * process_count()
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
+
+
 def write_whole(path, write):
-    """Calls write(temporary path) and renames the result to `path`, which is thus never seen half written."""
+    """Calls write(binary file) and puts what it wrote at `path` at once: nobody ever sees a part of it.
+
+    Whatever happens before all of it is on the disk, what was at `path` stays. Raises BadInput where the disk refuses.
+    """
     temporary = f'{path}.part'
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, 'wb') as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(os.path.dirname(path) or '.')
+    except (OSError, RuntimeError) as error:
+        # torch.save reports a full disk as a RuntimeError.
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise BadInput(f'{path}: cannot be written ({why}); what was there before is unchanged') from error
+
+
+def sync_folder(folder):
+    """Has a folder's entries written to the disk, so that a file that was renamed outlives a power cut."""
+    if os.name == 'nt':
+        return  # Windows has no such call
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path, text):
     """Writes a text file whole, as write_whole does."""
-
-    def write(temporary):
-        with open(temporary, 'w', encoding='utf-8', errors='surrogateescape') as file:
-            file.write(text)
-
-    write_whole(path, write)
+    write_whole(path, lambda file: file.write(text.encode('utf-8', 'surrogateescape')))
 
 
 def write_arrays(path, **arrays):
     """Writes an .npz of named arrays whole."""
+    write_whole(path, lambda file: np.savez(file, **arrays))
 
-    def write(temporary):
-        with open(temporary, 'wb') as file:
-            np.savez(file, **arrays)
 
-    write_whole(path, write)
+def make_folder(path, role):
+    """Makes a folder, and those it lies in; BadInput, naming the option `role`, where that cannot be done."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f'{role} {path}: cannot make the folder ({error.strerror})') from error
+
+
+@contextlib.contextmanager
+def only_run_in(folder):
+    """Keeps other runs out of a folder; raises BadInput, with its process and host, where one is at work there.
+
+    The lock is the operating system's, on run.lock: it ends with the process, however that ends, and workers do not
+    inherit it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with open(os.path.join(folder, 'run.lock'), 'a+', encoding='utf-8') as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            raise BadInput(
+                f'--save_path {folder}: another run is at work there, {file.read().strip() or "just started"}; '
+                'wait for it, stop it, or choose another folder'
+            ) from error
+        except OSError as error:
+            print(f'{file.name}: this disk has no locks ({error.strerror}): do not start a second run', file=sys.stderr)
+        file.truncate(0)
+        file.write(f'process {os.getpid()} on host {platform.node()}\n')
+        file.flush()
+        yield
 
 
 @contextlib.contextmanager
@@ -251,7 +310,7 @@ def plot_det(path, labels, scores):
     axes.set(xlim=limits, ylim=limits, title=os.path.basename(path)[len('det_') : -len('.png')], aspect='equal')
     axes.grid(alpha=0.3)
     axes.legend(loc='upper right')
-    write_whole(path, lambda temporary: figure.savefig(temporary, format='png', dpi=120))
+    write_whole(path, lambda file: figure.savefig(file, format='png', dpi=120))
     pyplot.close(figure)
 
 
@@ -271,7 +330,7 @@ def plot_experiments(path, experiments):
     panels[2].yaxis.set_major_formatter(lambda value, _: f'{value:g}')
     panels[2].yaxis.set_minor_formatter(lambda value, _: f'{value:g}' if f'{value:e}'[0] in '235' else '')
     panels[2].legend()
-    write_whole(path, lambda temporary: figure.savefig(temporary, format='png', dpi=120))
+    write_whole(path, lambda file: figure.savefig(file, format='png', dpi=120))
     pyplot.close(figure)
     return True
 

@@ -2,11 +2,15 @@
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
 import platform
 import shlex
+import shutil
+import signal
+import sys
 import time
 import zipfile
 from importlib import metadata
@@ -15,8 +19,20 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dataLoader import check_audio, find_audio, make_batches, read_trial_lists, require, train_loader
-from ECAPAModel import ECAPAModel, checkpoint_sizes, load_model, read_checkpoint
+from dataLoader import (
+    check_audio,
+    check_share,
+    check_sound,
+    collect_bad_audio,
+    find_audio,
+    make_batches,
+    read_audio,
+    read_trial_lists,
+    read_whole,
+    require,
+    train_loader,
+)
+from ECAPAModel import Diverged, ECAPAModel, checkpoint_sizes, load_model, read_checkpoint, saved_models, summary
 from tools import (
     FIGURES,
     SCORE_LINE,
@@ -26,6 +42,8 @@ from tools import (
     digest,
     exit_on_bad_input,
     init_args,
+    make_folder,
+    only_run_in,
     operating_points,
     plot_det,
     process_count,
@@ -35,6 +53,7 @@ from tools import (
     table,
     write_arrays,
     write_text,
+    write_whole,
 )
 
 SUPPRESS = argparse.SUPPRESS
@@ -103,6 +122,9 @@ def make_parser():
     add('--musan_path', default='data/musan_split', help='MUSAN: noise/, speech/ and music/')
     add('--rir_path', default='data/RIRS_NOISES/simulated_rirs', help='room impulse responses')
     add('--save_path', default='exps/exp1', help='folder of the results: score.txt and model/')
+    add('--keep', type=number(int, 0), default=0, help='newest checkpoints to keep (0: all of them)')
+    add('--max_bad', type=number(float, 0, 100), default=1.0, help='percent of training files that may be unusable')
+    add('--force', action='store_true', help='continue a run although options that change its numbers differ')
     add('--initial_model', default='', help='checkpoint to start from, or to score with --eval')
 
     group = parser.add_argument_group('model and loss')
@@ -120,6 +142,7 @@ def make_parser():
 
     group = parser.add_argument_group('command (without one of these: train)')
     add = group.add_argument
+    add('--check', action='store_true', help='check everything that training needs, every file included, and stop')
     add('--eval', action='store_true', help='score --initial_model on --eval_list; needs no training data')
     add(
         '--embed', metavar='FOLDER_OR_LIST', help='write embeddings.npz of all files of a folder, or of a list of paths'
@@ -178,11 +201,14 @@ def build_system(args, n_class):
     return ECAPAModel(**{**vars(args), 'C': C, 'n_class': n_class})
 
 
-def check_trials(args):
-    """Reads the trial lists and opens every file that they name; returns (number of trials, number of files)."""
+def check_trials(args, **how):
+    """Reads the trial lists and checks every file that they name, as check_audio does.
+
+    Returns (number of trials, paths of the files).
+    """
     paths, trials = read_trial_lists(args.eval_list, args.eval_path)
-    check_audio(paths, '--eval_list')
-    return sum(len(labels) for labels, _ in trials), len(paths)
+    check_audio(paths, '--eval_list', **how)
+    return sum(len(labels) for labels, _ in trials), paths
 
 
 def score_lists(system, args, cohort=None):
@@ -241,7 +267,7 @@ def evaluate(args):
 
 def write_results(args, results):
     """Writes SAVE_PATH/results.json, scores/LIST.txt (`label score [normalised] enrolment test`) and DET curves."""
-    os.makedirs(os.path.join(args.save_path, 'scores'), exist_ok=True)
+    make_folder(os.path.join(args.save_path, 'scores'), '--save_path')
     lists = {}
     for name, labels, scores in results:
         stem = os.path.splitext(os.path.basename(name))[0]
@@ -300,7 +326,7 @@ def embed(args):
     path = os.path.join(args.save_path, 'embeddings.npz')
     embeddings = system.embed(paths)
     if process_rank() == 0:
-        os.makedirs(args.save_path, exist_ok=True)
+        make_folder(args.save_path, '--save_path')
         write_arrays(path, names=np.array(paths), embeddings=embeddings)
     say(f'{path}: {len(paths):,} embeddings of 192 numbers')
 
@@ -330,7 +356,7 @@ def verify(args):
 def prepare(args):
     """Checks everything that training needs and prints the plan. Returns (system, loader)."""
     with first_process_first():
-        dataset, loader, n_class, trials = check(args)
+        dataset, loader, n_class, (trials, files) = check(args)
     system = build_system(args, n_class)
     encoder, classifier = (
         sum(p.numel() for p in part.parameters()) for part in (system.speaker_encoder, system.speaker_loss)
@@ -342,18 +368,23 @@ def prepare(args):
         f'{args.n_cpu} loading processes\n'
         f'training      {len(dataset.speakers):,} speakers, {len(dataset):,} utterances ({args.train_list})\n'
         f'augmentation  {clips} files, {len(dataset.rirs):,} RIRs\n'
-        f'evaluation    {trials[0]:,} trials over {trials[1]:,} files ({", ".join(args.eval_list)})\n'
+        f'evaluation    {trials:,} trials over {len(files):,} files ({", ".join(args.eval_list)})\n'
         f'an epoch      {len(loader):,} steps of {args.batch_size} utterances\n'
         f'parameters    {encoder:,} in the encoder, {classifier:,} in the classifier of {n_class:,} speakers'
     )
     if args.max_epoch % args.test_step:
         say('note          the last epochs are neither tested nor saved: --max_epoch is no multiple of --test_step')
+    with first_process_first():
+        check_room(args, 4 * (encoder + classifier))
     return system, loader
 
 
 def check(args):
-    """Reads the lists and opens a sample of the files. Returns (dataset, loader, n_class, (trials, files))."""
-    dataset = train_loader(**vars(args))
+    """Reads the lists, checks the files (a sample of those to train on; all of them with --check) and their speakers.
+
+    Returns (dataset, loader, n_class, (trials, paths of their files)).
+    """
+    dataset = train_loader(**vars(args), bad_audio=os.path.join(args.save_path, 'bad_audio.new'))
     speakers = dataset.n_class
     n_class = getattr(args, 'n_class', speakers)
     if n_class < speakers:
@@ -362,24 +393,95 @@ def check(args):
     if args.batch_size < 2 * args.accumulate * process_count():
         raise BadInput(f'--accumulate {args.accumulate}: every part of a batch must have 2 utterances, for batch norm')
     require(os.path.isdir, args.train_path, '--train_path')
-    # All of VoxCeleb2 would take minutes to open; a wrong folder or rate shows in a sample.
-    sample = np.unique(np.linspace(0, len(dataset) - 1, 200).astype(int))
-    check_audio([dataset.path(i) for i in sample], '--train_list')
-    noises = [('--musan_path', files.paths) for files in dataset.noises.values()]
-    for role, paths in [('--rir_path', dataset.rirs), *noises]:
-        check_audio([paths[i] for i in range(0, len(paths), len(paths) // 100 + 1)], role)
-    return dataset, loader, n_class, check_trials(args)
+    everything = {'n_cpu': args.n_cpu} if args.check else {}
+    # All of VoxCeleb2 would take an hour; a wrong folder or rate shows in a sample.
+    chosen = np.random.default_rng(args.seed).permutation(len(dataset.labels))
+    chosen = np.sort(chosen[: None if args.check else 200])
+    faults = check_audio([dataset.path(i) for i in chosen], '--train_list', check_sound, args.n_cpu, args.max_bad)
+    if faults:
+        say(
+            '\n'.join(
+                [f'note          {len(faults)} of {len(chosen)} files will be replaced in training:', *faults[:20]]
+            )
+        )
+    noises = [('--musan_path', files.paths, read_audio) for files in dataset.noises.values()]
+    for role, paths, whole in [('--rir_path', dataset.rirs, check_sound), *noises]:
+        step = 1 if args.check else len(paths) // 100 + 1
+        check_audio([paths[i] for i in range(0, len(paths), step)], role, whole, **everything)
+    trials, files = check_trials(args, check=read_whole, **everything) if args.check else check_trials(args)
+    warn_of_overlap(dataset, files, args.eval_path)
+    return dataset, loader, n_class, (trials, files)
 
 
-def start(system, args):
-    """Resumes the run in --save_path, or loads --initial_model, or starts afresh.
+def warn_of_overlap(dataset, files, folders):
+    """Says which speakers of the trials, the first folders below --eval_path, are trained on."""
+    names = {os.path.relpath(file, folder).split(os.sep)[0] for folder in folders for file in files}
+    both = sorted(names.intersection(dataset.speakers))
+    if both:
+        say(
+            f'WARNING       {len(both)} speakers are in --train_list and in --eval_list ({", ".join(both[:5])}, ...): '
+            'the EER will be too good'
+        )
+
+
+def check_room(args, size):
+    """Raises BadInput where --save_path cannot be written or has no room; size: of a checkpoint, in bytes."""
+    folder = os.path.abspath(args.save_path)
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+        raise BadInput(f'--save_path {args.save_path}: {folder} cannot be written')
+    free = shutil.disk_usage(folder).free
+    models = args.keep or max(0, args.max_epoch // args.test_step - len(saved_models(f'{args.save_path}/model')))
+    # The .state files are twice as large; two are kept, and a third is there while it is written.
+    needed = [size * (count + 6) for count in (2, models)]
+    say_free = f'{free / 1e9:.2f} GB are free in --save_path {args.save_path}, and'
+    if free < needed[0]:
+        raise BadInput(f'{say_free} a checkpoint and its state need {needed[0] / 1e9:.2f} GB')
+    if free < needed[1]:
+        say(f'WARNING       {say_free} the run needs {needed[1] / 1e9:.2f} GB: --keep limits the checkpoints')
+
+
+# What changes the numbers of a run; a list or folder counts by what is in it, wherever it is.
+IDENTITY = ('num_frames', 'batch_size', 'test_step', 'accumulate', 'freeze_epochs', 'speed_perturb', 'lr', 'lr_decay')
+IDENTITY += ('m', 's', 'seed', 'initial_model')
+
+
+def identity(system, dataset, args):
+    """{option: its value} of everything that changes the numbers of a run, as plain types."""
+    noises = ' '.join(f'{len(files)}/{files.pieces[-1]}' for files in dataset.noises.values())
+    return {
+        **{name: getattr(args, name) for name in IDENTITY},
+        'C': system.speaker_encoder.conv1.out_channels,
+        'n_class': len(system.speaker_loss.weight),
+        'precision': system.precision,
+        'train_list': f'SHA-256 {digest(args.train_list)[:16]}',
+        'eval_list': ' '.join(f'SHA-256 {digest(path)[:16]}' for path in args.eval_list),
+        'musan_path': f'files/pieces {noises}',
+        'rir_path': f'{len(dataset.rirs)} files',
+    }
+
+
+def start(system, args, now):
+    """Resumes the run in --save_path, or loads --initial_model, or starts afresh; now: identity() of this run.
 
     Returns (the epoch done last with what is known of it, the scores up to it); score.txt is cut to these, so that an
-    epoch that has to be trained again is not in it twice.
+    epoch that has to be trained again is not in it twice. Raises BadInput for options that are not those that the run
+    began with, unless --force is given.
     """
     done = system.resume(args.model_save_path)
     if done:
+        then = done.pop('identity', now)
+        changed = [f'--{name} {now[name]} (was {then[name]})' for name in now if then.get(name, now[name]) != now[name]]
+        if changed and not args.force:
+            raise BadInput(
+                f'{args.save_path} holds a run with other options, which would change its numbers:\n'
+                + '\n'.join(changed)
+                + '\nGive those it began with (options.txt), choose another --save_path, or add --force.'
+            )
         say(f'start         after epoch {done["epoch"]}, from {args.model_save_path}')
+        if changed:
+            say('\n  changed: '.join(['note          --force: this run goes on with other options', *changed]))
     elif args.initial_model:
         unfit = system.load_parameters(args.initial_model)
         say('\n  left out: '.join([f'start         from {args.initial_model}', *unfit]))
@@ -407,9 +509,9 @@ def clock():
 
 
 def write_options(args):
-    """Writes SAVE_PATH/options.txt, the first time: the options, to be read back with @, and the versions."""
+    """Writes SAVE_PATH/options.txt: the options, to be read back with @, and the versions."""
     path = os.path.join(args.save_path, 'options.txt')
-    if os.path.exists(path) or process_rank():
+    if process_rank():
         return
     lines = [f'# {name} {version}' for name, version in versions().items()]
     for name, value in vars(args).items():
@@ -424,9 +526,23 @@ def write_options(args):
 def train(args):
     """Trains from where --save_path stands to --max_epoch, saving and testing every test_step epochs."""
     system, loader = prepare(args)
-    init_args(args)
+    if args.check:
+        say('all is well: nothing was found that would stop this run')
+        return
+    with first_process_first():
+        init_args(args)
+    with only_run_in(args.save_path) if process_rank() == 0 else contextlib.nullcontext():
+        run(system, loader, args)
+
+
+def run(system, loader, args):
+    """The epochs of train, in a folder that is this run's alone."""
+    dataset = loader.dataset
+    if process_rank() == 0:
+        collect_bad_audio(dataset.bad_audio, bad_list(args))
+    now = identity(system, dataset, args)
+    done, scores = start(system, args, now)
     write_options(args)
-    done, scores = start(system, args)
     if 'loss' in done and done['epoch'] not in [score[0] for score in scores]:
         # The run ended between saving this epoch and testing it.
         test(system, args, scores=scores, **done)
@@ -434,22 +550,99 @@ def train(args):
         # Seeding each epoch by its number makes a resumed epoch draw what an uninterrupted run would have.
         torch.manual_seed(int(np.random.SeedSequence([args.seed, epoch, process_rank()]).generate_state(1)[0]))
         loader.batch_sampler.set_epoch(epoch)
-        loss, lr, accuracy = system.train_network(epoch, loader)
-        say(f'{clock()} epoch {epoch}, LR {lr:f}, LOSS {loss:f}, ACC {accuracy:2.2f}%')
+        loss, lr, accuracy = train_epoch(system, loader, args, epoch)
         if epoch % args.test_step == 0:
             if process_rank() == 0:
-                system.save_training(args.model_save_path, epoch, loss, lr, accuracy)
+                figures = {'loss': loss, 'lr': lr, 'accuracy': accuracy}
+                system.save_training(args.model_save_path, epoch, args.keep, **figures, identity=now)
             test(system, args, epoch, loss, lr, accuracy, scores)
     say(f'{args.max_epoch} epochs are done; results: {args.score_save_path} and {args.model_save_path}')
+
+
+def train_epoch(system, loader, args, epoch):
+    """An epoch of training and its line of the log. Returns (loss, learning rate, accuracy in percent).
+
+    Leaves the batch of a loss or gradient that is not finite in SAVE_PATH/bad_batch.pt, and raises BadInput.
+    """
+    dataset = loader.dataset
+    try:
+        loss, lr, accuracy = system.train_network(epoch, loader)
+    except Diverged as error:
+        rank = f'_{process_rank()}' if process_rank() else ''
+        path = os.path.join(args.save_path, f'bad_batch{rank}.pt')
+        indices = [index for _, index in next(itertools.islice(loader.batch_sampler, error.step - 1, None))]
+        files = [dataset.path(index) for index in indices]
+        batch = dict(zip(('audio', 'labels'), error.batch), epoch=epoch, step=error.step, files=files)
+        write_whole(path, lambda file: torch.save(batch, file))
+        shown = '\n'.join(files[:20] + [f'and {len(files) - 20} more'] * (len(files) > 20))
+        raise BadInput(
+            f'{error}. Nothing was saved after epoch {epoch - 1}. The batch is in {path}; its files:\n{shown}\n'
+            'Look at these, or lower --lr, and run the same command again.'
+        ) from error
+    finally:
+        if process_rank() == 0:
+            replaced, bad = collect_bad_audio(dataset.bad_audio, bad_list(args))
+    note = ''
+    if process_rank() == 0:
+        if replaced[str(epoch)]:
+            note = f', {replaced[str(epoch)]} utterances replaced ({bad_list(args)})'
+        check_share(len(bad), len(dataset.labels), args.max_bad, f'they are in {bad_list(args)}')
+    say(f'{clock()} epoch {epoch}, LR {lr:f}, LOSS {loss:f}, ACC {accuracy:2.2f}%{note}')
+    return loss, lr, accuracy
+
+
+def bad_list(args):
+    """Path of the list of training files that cannot be used, each with the reason."""
+    return os.path.join(args.save_path, 'bad_audio.txt')
+
+
+@contextlib.contextmanager
+def sentences_for_people(args):
+    """Turns what may end a run, and is nobody's bug, into a sentence and an exit status: no traceback for it.
+
+    2 for bad input, a full disk or memory; 130 for Ctrl-C and 143 for SIGTERM, as shells have it.
+    """
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with exit_on_bad_input():
+            try:
+                yield
+            except RuntimeError as error:
+                hint = next((hint for sign, hint in DEATHS.items() if sign in str(error)), None)
+                if hint is None:
+                    raise
+                raise BadInput(f'{summary(error)}\n{hint}') from error
+    except KeyboardInterrupt as interrupt:
+        terminated = interrupt.args == (signal.SIGTERM,)
+        saved = next(iter(saved_models(os.path.join(args.save_path, 'model')).values()), 0)
+        training = not (args.eval or args.embed or args.verify or args.check)
+        how = f': the same command continues after epoch {saved}, the last saved' if training else ''
+        print(f'\nstopped by {"SIGTERM" if terminated else "Ctrl-C"}{how}', file=sys.stderr)
+        sys.exit(143 if terminated else 130)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# What PyTorch's errors say where memory is too small, and what to do.
+DEATHS = {
+    'out of memory': 'The GPU has too little memory: use a smaller --batch_size, or --accumulate.',
+    "can't allocate memory": 'This machine has too little memory: use a smaller --batch_size, or --accumulate.',
+    'DataLoader worker': 'A loading process was killed, most likely for want of memory: use a smaller --n_cpu.',
+}
+
+
+def stop(number, frame):
+    """What SIGTERM does: the same as Ctrl-C."""
+    raise KeyboardInterrupt(signal.SIGTERM)
 
 
 def main(argv=None):
     """Runs the command; exit status 2, with a sentence on standard error, for input that cannot be used."""
     args = make_parser().parse_args(argv)
-    with exit_on_bad_input():
+    with sentences_for_people(args):
         join_processes(args)
-        run = embed if args.embed else verify if args.verify else evaluate if args.eval else train
-        run(args)
+        command = embed if args.embed else verify if args.verify else evaluate if args.eval else train
+        command(args)
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -198,14 +198,33 @@ def test_a_newcomer_without_data(tmp_path, flags):
         assert 'README' in done.stderr and 'exps/demo/run.sh' in done.stderr
 
 
-def test_bad_audio_met_in_a_worker_is_named(tree, capsys):
-    """A header can be right and the samples not there; that shows only when a worker reads the crop."""
-    path = Path(tree['train_path'], UTTERANCE)
-    write_wav(path, SOUND, subtype='PCM_16')
-    flac = path.with_suffix('.flac')
+def cut_flac(path):
+    """Replaces a file by a FLAC whose header is right and whose samples are not there."""
+    flac = Path(path).with_suffix('.flac')
     write_wav(flac, SOUND, subtype='PCM_16')
-    flac.rename(path)
-    path.write_bytes(path.read_bytes()[:300])
-    message = refusal(command_line(**{**SMALL, **tree, 'n_cpu': 1, 'batch_size': 12}), capsys)
-    assert UTTERANCE in message and 'Traceback' not in message
+    Path(path).write_bytes(flac.read_bytes()[:300])
+    flac.unlink()
+
+
+def test_every_file_that_cannot_be_evaluated_is_named(tree, capsys):
+    """Whether it can be decoded shows only when a worker reads it."""
+    names = UTTERANCE, 'id2/session/00000.wav', 'id3/session/00002.wav'
+    cut_flac(Path(tree['eval_path'], names[0]))
+    write_wav(Path(tree['eval_path'], names[1]), 0 * SOUND)
+    write_wav(Path(tree['eval_path'], names[2]), np.full(20000, np.nan))
+    message = refusal(command_line(**{**SMALL, **tree, 'n_cpu': 1}), capsys)
+    assert '3 of 12 files cannot be embedded' in message and 'Traceback' not in message
+    assert all(name in message for name in names)
+    assert len(message.splitlines()) == 4
+
+
+def test_bad_noise_met_in_a_worker_is_named(tree, capsys):
+    """Of many files only a sample is read beforehand, here every second one."""
+    folder = Path(tree['musan_path'], 'speech/source/recording')
+    for number in range(150):
+        write_wav(folder / f'{number:05d}.wav', SOUND, subtype='PCM_16')
+        if number % 2:
+            cut_flac(folder / f'{number:05d}.wav')
+    message = refusal(command_line(**{**SMALL, **tree, 'n_cpu': 1, 'batch_size': 12, 'max_epoch': 9}), capsys)
+    assert 'speech/source/recording' in message and 'cannot be decoded' in message
     assert len(message.splitlines()) == 1
