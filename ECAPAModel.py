@@ -251,7 +251,7 @@ class ECAPAModel(nn.Module):
         embeddings of its five crops, so that the dot product of two means is the mean over 25 pairs of crops.
 
         Where processes train together each reads its part of the files, and all return the same. Raises BadInput that
-        names every file that cannot be used, or whose embedding is not finite.
+        names every file that cannot be used, or whose embedding is zero or not finite.
         """
         self.eval()
         for statistics in self.buffers():
@@ -278,8 +278,10 @@ class ECAPAModel(nn.Module):
         embeddings = sum_over_processes(embeddings).cpu()
         faults = gather(faults)
         if not faults:
-            broken = torch.nonzero(~embeddings.isfinite().all(dim=(1, 2))).flatten().tolist()
-            faults = [f'{paths[i]}: its embedding is not finite; is the model?' for i in broken]
+            # Numbers too large for float32 end as NaN, or as zeros where the norm alone is too large.
+            whole, crops = embeddings.norm(dim=2).T
+            broken = torch.nonzero(~((whole > 0.99) & (crops > 0))).flatten().tolist()
+            faults = [f'{paths[i]}: its embedding is zero or not finite; is the model sound?' for i in broken]
         if faults:
             raise BadInput('\n'.join([f'{len(faults)} of {len(paths)} files cannot be embedded:', *faults]))
         return embeddings.numpy()
@@ -324,11 +326,7 @@ class ECAPAModel(nn.Module):
         state = {'epoch': epoch, **rest, 'optim': self.optim.state_dict()}
         write_whole(f'{path}.state', lambda file: torch.save(state, file))
         self.save_parameters(f'{path}.model')
-        old = sorted(glob.glob(glob.escape(folder) + '/model_*.state'))[:-2]
-        old += list(saved_models(folder))[keep:] if keep else []
-        for name in old:
-            with contextlib.suppress(OSError):
-                os.remove(name)
+        prune(folder, keep)
 
     def resume(self, folder):
         """Loads the newest checkpoint of a folder that can be read, with the optimiser's state beside it.
@@ -377,6 +375,14 @@ def load_model(path, **kwargs):
     system = ECAPAModel(**{**options, **kwargs, 'C': C, 'n_class': n_class})
     system.load_parameters(path)
     return system
+
+
+def prune(folder, keep):
+    """Removes from a run's folder of models what is no longer needed, as save_training says, and what a kill left."""
+    old = sorted(glob.glob(glob.escape(folder) + '/model_*.state'))[:-2] + glob.glob(glob.escape(folder) + '/*.part')
+    for path in old + (list(saved_models(folder))[keep:] if keep else []):
+        with contextlib.suppress(OSError):
+            os.remove(path)
 
 
 def saved_models(folder):

@@ -32,7 +32,7 @@ from dataLoader import (
     require,
     train_loader,
 )
-from ECAPAModel import Diverged, ECAPAModel, checkpoint_sizes, load_model, read_checkpoint, saved_models, summary
+from ECAPAModel import Diverged, ECAPAModel, checkpoint_sizes, load_model, prune, read_checkpoint, saved_models, summary
 from tools import (
     FIGURES,
     SCORE_LINE,
@@ -399,11 +399,8 @@ def check(args):
     chosen = np.sort(chosen[: None if args.check else 200])
     faults = check_audio([dataset.path(i) for i in chosen], '--train_list', check_sound, args.n_cpu, args.max_bad)
     if faults:
-        say(
-            '\n'.join(
-                [f'note          {len(faults)} of {len(chosen)} files will be replaced in training:', *faults[:20]]
-            )
-        )
+        found = f'note          {len(faults)} of {len(chosen)} training files cannot be used and will be replaced:'
+        say('\n'.join([found, *faults[:20]]))
     noises = [('--musan_path', files.paths, read_audio) for files in dataset.noises.values()]
     for role, paths, whole in [('--rir_path', dataset.rirs, check_sound), *noises]:
         step = 1 if args.check else len(paths) // 100 + 1
@@ -539,6 +536,7 @@ def run(system, loader, args):
     """The epochs of train, in a folder that is this run's alone."""
     dataset = loader.dataset
     if process_rank() == 0:
+        prune(args.model_save_path, args.keep)
         collect_bad_audio(dataset.bad_audio, bad_list(args))
     now = identity(system, dataset, args)
     done, scores = start(system, args, now)

@@ -1,0 +1,477 @@
+"""No run is lost and no number is wrong in silence: kills, signals, disks, options, NaNs, bad audio, preflight."""
+
+import io
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import command_line, wave, write_wav
+
+import dataLoader
+import tools  # noqa: F401, for the kills
+import trainECAPAModel
+from ECAPAModel import ECAPAModel, load_model, read_checkpoint, read_state, saved_models
+from tools import BadInput, read_scores, write_text
+
+ROOT = Path(__file__).parents[1]
+SMALL = {'C': 8, 'num_frames': 20, 'batch_size': 4, 'n_cpu': 0, 'max_epoch': 2, 'device': 'cpu'}
+UTTERANCE = 'id1/session/00001.wav'
+
+
+@pytest.fixture
+def tree(tree):
+    """The corpus of conftest with six trials instead of 66, as these tests evaluate often."""
+    names = [f'id{speaker}/session/{number:05d}.wav' for speaker in (1, 2) for number in range(2)]
+    pairs = [(a, b) for a in names for b in names if a < b]
+    Path(tree['eval_list']).write_text(''.join(f'{int(a[:3] == b[:3])} {a} {b}\n' for a, b in pairs))
+    for number, name in enumerate(names):
+        write_wav(Path(tree['eval_path'], name), wave(number, 8000), subtype='PCM_16')
+    return tree
+
+
+@pytest.fixture(autouse=True)
+def short_crops(monkeypatch):
+    """Evaluation crops of 0.3 s instead of 3 s, as these tests evaluate often."""
+    monkeypatch.setattr('dataLoader.EVAL_CROP', 4800)
+
+
+def run(tree, *flags, **options):
+    trainECAPAModel.main(command_line(*flags, **{**SMALL, **tree, **options}))
+
+
+def refusal(capsys, tree, *flags, status=2, **options):
+    """The sentence that the command ends with, and its exit status."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(tree, *flags, **options)
+    message = capsys.readouterr().err
+    assert stop.value.code == status, message
+    return message
+
+
+def assert_same_run(a, b):
+    """Bit for bit: score.txt, all weights, and the states of the optimiser that both have."""
+    assert Path(a, 'score.txt').read_bytes() == Path(b, 'score.txt').read_bytes()
+    models = sorted(path.name for path in Path(a, 'model').glob('*'))
+    assert models == sorted(path.name for path in Path(b, 'model').glob('*'))
+    for name in models:
+        first, second = (torch.load(Path(folder, 'model', name), weights_only=True) for folder in (a, b))
+        assert_equal(first, second, name)
+
+
+def assert_equal(a, b, where):
+    """Nested dictionaries and lists of tensors and numbers are equal."""
+    if isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            assert_equal(a[key], b[key], f'{where} {key}')
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+# Kills: a process that has imported everything forks a run, which ends in SIGKILL somewhere; and the next one goes on.
+
+
+def die(*args, **kwargs):
+    """Ends this process as a power cut would."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_half_written(item, file):
+    """torch.save that gets half of the file to the disk."""
+    torch_save(item, half := io.BytesIO())
+    file.write(half.getvalue()[: len(half.getvalue()) // 2])
+    file.flush()
+    die()
+
+
+torch_save = torch.save
+PLACES = {
+    'loading': ('dataLoader.train_loader.__getitem__', 40),
+    'stepping': ('ECAPAModel.ECAPAModel.train_step', 8),
+    'saving': ('torch.save', 4),
+    'flushing': ('os.fsync', 9),
+    'renaming': ('os.replace', 6),
+    'renamed': ('tools.sync_folder', 6),
+    'evaluating': ('ECAPAModel.ECAPAModel.embed_batches', 4),
+    'any time': (None, None),
+}
+
+
+def arm(place, call):
+    """Replaces the function of a place by one that dies at its call-th call."""
+    owner, _, name = place.rpartition('.')
+    holder = sys.modules.get(owner.split('.')[0])
+    for part in owner.split('.')[1:]:
+        holder = getattr(holder, part)
+    original, calls = getattr(holder, name), []
+
+    def armed(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            die_half_written(*args) if place == 'torch.save' else die()
+        return original(*args, **kwargs)
+
+    setattr(holder, name, armed)
+
+
+def killed_and_continued(options, folder, kills):
+    """Runs the command into folder/1, folder/2, ... with `kills` kills in all; prints where as JSON."""
+    torch.set_num_threads(1)
+    dataLoader.EVAL_CROP = 4800
+    # PyTorch imports much of itself for the first optimiser: here, for all that follow.
+    ECAPAModel(0.001, 0.97, 8, 4, 0.2, 30, test_step=1, device='cpu')
+    rng, places, run_number = random.Random(0), [], 1
+    while True:
+        place = list(PLACES)[len(places) % len(PLACES)] if len(places) < kills else None
+        call = rng.randint(1, PLACES[place][1]) if place and PLACES[place][0] else 0
+        delay = rng.uniform(0.05, 2)
+        child = os.fork()
+        if child == 0:
+            if call:
+                arm(PLACES[place][0], call)
+            run({**options, 'save_path': f'{folder}/{run_number}'}, max_epoch=4, n_cpu=int(place == 'any time'))
+            os._exit(0)
+        if place == 'any time':
+            time.sleep(delay)
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status):
+            places.append(place)
+            continue
+        assert os.WEXITSTATUS(status) == 0
+        if place is None:
+            break
+        run_number += 1
+    print(json.dumps({'places': places, 'runs': run_number}))
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_nothing(tree, tmp_path):
+    arguments = [str(tmp_path), '20', *command_line(**tree)]
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run([sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found['places']) == 20 and set(found['places']) == set(PLACES)
+    straight = subprocess.run(
+        [sys.executable, __file__, str(tmp_path / 'straight'), '0', *command_line(**tree)], env=environment
+    )
+    assert straight.returncode == 0
+    for number in range(1, found['runs'] + 1):
+        assert_same_run(tmp_path / 'straight/1', tmp_path / str(number))
+        assert not list((tmp_path / str(number)).rglob('*.part'))
+
+
+def start_run(tree, **options):
+    """A run of very many epochs in a process of its own, once it has finished the first of them."""
+    arguments = command_line(**{**SMALL, **tree, 'max_epoch': 1000000, 'test_step': 2, 'n_cpu': 1, **options})
+    command = [sys.executable, str(ROOT / 'trainECAPAModel.py'), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if 'epoch 3' in line:
+            return process
+    raise AssertionError(process.stderr.read())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number, status, name', [(signal.SIGTERM, 143, 'SIGTERM'), (signal.SIGINT, 130, 'Ctrl-C')])
+def test_a_signal_ends_a_run_with_a_sentence(tree, number, status, name):
+    process = start_run(tree)
+    process.send_signal(number)
+    _, message = process.communicate(timeout=20)
+    assert process.returncode == status
+    assert 'Traceback' not in message
+    saved = max(saved_models(tree['save_path'] + '/model').values())
+    assert f'stopped by {name}: the same command continues after epoch {saved}' in message
+
+
+@pytest.mark.slow
+def test_two_runs_in_one_folder(tree, capsys):
+    process = start_run(tree)
+    message = refusal(capsys, tree, test_step=2)
+    assert f'process {process.pid} on host {os.uname().nodename}' in message
+    process.kill()
+    process.communicate()
+    run(tree, test_step=2, max_epoch=2)
+    assert 'after epoch' in capsys.readouterr().out, 'the lock of a dead process is taken over'
+
+
+# Disks.
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tree, capsys):
+    run(tree, max_epoch=1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    files = sorted(Path(tree['save_path']).rglob('*'))
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200000, before[1]))
+        message = refusal(capsys, tree)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert 'model_0002.state: cannot be written' in message and 'unchanged' in message
+    assert sorted(Path(tree['save_path']).rglob('*')) == files
+    run(tree)
+    assert [score[0] for score in read_scores(tree['save_path'] + '/score.txt')] == [1, 2]
+
+
+def test_a_folder_that_vanishes_gives_a_sentence(tree, capsys, monkeypatch):
+    train = ECAPAModel.train_network
+    monkeypatch.setattr(
+        ECAPAModel, 'train_network', lambda *args: shutil.rmtree(f'{tree["save_path"]}/model') or train(*args)
+    )
+    assert 'model_0001.state: cannot be written (No such file' in refusal(capsys, tree)
+
+
+def test_a_write_that_fails_at_the_end_leaves_the_old_file(tmp_path, monkeypatch):
+    write_text(tmp_path / 'a.txt', 'old')
+
+    def refuse(*args):
+        raise OSError(30, 'Read-only file system')
+
+    monkeypatch.setattr(os, 'fsync', refuse)
+    with pytest.raises(BadInput, match='a.txt: cannot be written .Read-only file system'):
+        write_text(tmp_path / 'a.txt', 'new')
+    assert (tmp_path / 'a.txt').read_text() == 'old'
+    assert os.listdir(tmp_path) == ['a.txt']
+
+
+def test_too_little_room_is_said_at_the_start(tree, capsys, monkeypatch):
+    usage = shutil.disk_usage('/')
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage._replace(free=1000000))
+    assert '0.00 GB are free in --save_path' in refusal(capsys, tree)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage._replace(free=200000000))
+    run(tree, max_epoch=1, test_step=1)
+    assert 'GB are free' not in capsys.readouterr().out
+    run(tree, '--check', max_epoch=200)
+    assert re.search('WARNING .*0.20 GB are free.*--keep', capsys.readouterr().out)
+
+
+# Resuming.
+
+
+@pytest.mark.parametrize(
+    'option, value',
+    [('m', 0.3), ('s', 20), ('seed', 11), ('batch_size', 6), ('lr', 0.01), ('num_frames', 30), ('test_step', 2)],
+)
+def test_other_options_are_refused(tree, capsys, option, value):
+    run(tree, max_epoch=1)
+    message = refusal(capsys, tree, **{option: value})
+    assert re.search(rf'--{option} {value:g}\b.* \(was ', message)
+    assert read_scores(tree['save_path'] + '/score.txt')[-1][0] == 1
+    if option == 'm':
+        run(tree, '--force', m=0.3)
+        assert '--m 0.3 (was 0.2)' in capsys.readouterr().out
+
+
+def test_lists_count_by_what_is_in_them(tree, capsys, tmp_path):
+    run(tree, max_epoch=1)
+    moved = str(tmp_path / 'elsewhere.txt')
+    shutil.copy(tree['train_list'], moved)
+    run({**tree, 'train_list': moved})
+    lines = Path(moved).read_text().splitlines(keepends=True)
+    Path(moved).write_text(''.join(lines[:-1]))
+    assert '--train_list SHA-256' in refusal(capsys, {**tree, 'train_list': moved}, max_epoch=3)
+
+
+def test_resume_falls_back_to_the_newest_whole_pair(tree, tmp_path, capsys):
+    """A model whose state is damaged would go on with a fresh optimiser: the pair before it is exact."""
+    run(tree, max_epoch=3)
+    whole = shutil.copytree(tree['save_path'], tmp_path / 'whole')
+    damaged = Path(tree['save_path'], 'model/model_0003.state')
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    capsys.readouterr()
+    run(tree, max_epoch=3)
+    output = capsys.readouterr()
+    assert 'model_0003.state: cannot be read' in output.err and 'checksum' in output.err
+    assert 'after epoch 2' in output.out
+    assert_same_run(whole, tree['save_path'])
+
+
+def test_keep(tree):
+    run(tree, max_epoch=5, keep=2)
+    assert list(saved_models(tree['save_path'] + '/model').values()) == [5, 4]
+    assert [score[0] for score in read_scores(tree['save_path'] + '/score.txt')] == [1, 2, 3, 4, 5]
+    read_state(tree['save_path'] + '/model/model_0005.state', 5)
+
+
+# Numbers.
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tree, capsys, monkeypatch):
+    run(tree, max_epoch=1)
+    augment = trainECAPAModel.train_loader.augment
+    poisoned = []
+
+    def poison(dataset, audio, rng):
+        poisoned.append(augment(dataset, audio, rng))
+        return poisoned[-1] * np.float32(np.nan) if len(poisoned) == 6 else poisoned[-1]
+
+    monkeypatch.setattr(trainECAPAModel.train_loader, 'augment', poison)
+    message = refusal(capsys, tree)
+    assert 'epoch 2, step 2: the loss or a gradient is not finite' in message
+    batch = torch.load(tree['save_path'] + '/bad_batch.pt', weights_only=True)
+    assert (batch['epoch'], batch['step'], len(batch['files'])) == (2, 2, 4)
+    assert all(path in message for path in batch['files'])
+    assert batch['audio'].isnan().all(dim=1).tolist() == [False, True, False, False]
+    assert [path.split('/')[-3] for path in batch['files']] == [f'id{label}' for label in batch['labels'].tolist()]
+    assert list(saved_models(tree['save_path'] + '/model').values()) == [1]
+    system = load_model(tree['save_path'] + '/model/model_0001.model', device='cpu').train()
+    assert not system.train_step(batch['audio'], batch['labels']).isfinite().all(), 'the batch can be replayed'
+    monkeypatch.undo()
+    run(tree)
+    assert [score[0] for score in read_scores(tree['save_path'] + '/score.txt')] == [1, 2]
+
+
+def test_an_exploding_gradient_stops_the_run(tree, capsys):
+    assert re.search('epoch 1, step [1-4]: the loss', refusal(capsys, tree, lr=1e30))
+    assert not saved_models(tree['save_path'] + '/model')
+
+
+def test_an_embedding_that_is_not_finite_is_an_error(tree, capsys):
+    run(tree, max_epoch=1)
+    path = tree['save_path'] + '/model/model_0001.model'
+    state = torch.load(path)
+    state['speaker_encoder.bn6.weight'].fill_(3e38)
+    torch.save(state, path)
+    message = refusal(capsys, tree, '--eval', initial_model=path)
+    assert '4 of 4 files cannot be embedded' in message and 'zero or not finite' in message
+    state['speaker_encoder.bn6.weight'].fill_(float('nan'))
+    torch.save(state, path)
+    assert 'not finite, in speaker_encoder.bn6.weight' in refusal(capsys, tree, '--eval', initial_model=path)
+
+
+# Audio in training.
+
+
+SOUND = 0.1 * np.random.default_rng(0).standard_normal(20000)
+FAULTS = {
+    'unreadable': (lambda path: Path(path).write_text('not audio'), 'cannot be read as audio'),
+    'missing': (lambda path: Path(path).unlink(), 'no such file'),
+    'empty': (lambda path: write_wav(path, SOUND[:0]), 'has no samples'),
+    'silent': (lambda path: write_wav(path, 0 * SOUND, subtype='PCM_16'), 'is silent'),
+    'NaN': (lambda path: write_wav(path, SOUND * np.nan), 'not finite'),
+    '8 kHz': (lambda path: write_wav(path, SOUND, rate=8000), '8000 Hz'),
+    'stereo': (lambda path: write_wav(path, np.stack([SOUND, SOUND], axis=1)), '2 channels'),
+    'cut short': (lambda path: Path(path).write_bytes(Path(path).read_bytes()[:9000]), 'cut short'),
+}
+
+
+@pytest.mark.parametrize('fault', FAULTS)
+def test_bad_training_audio_is_replaced(tree, tmp_path, capsys, fault):
+    spoil, reason = FAULTS[fault]
+    path = Path(tree['train_path'], UTTERANCE)
+    spoil(path)
+    assert reason in refusal(capsys, tree), 'one of twelve is more than 1 %'
+    epochs = []
+    for n_cpu in (0, 2):
+        folder = tmp_path / f'exp{n_cpu}'
+        run({**tree, 'save_path': folder}, max_bad=10, max_epoch=3, n_cpu=n_cpu)
+        log = capsys.readouterr().out
+        assert '1 of 12 training files cannot be used and will be replaced' in log
+        epochs.append(re.findall(r'epoch \d, LR.*, 1 utterances replaced', log))
+        (line,) = (folder / 'bad_audio.txt').read_text().splitlines()
+        assert line.startswith(f'{path}: ') and reason in line
+        assert not (folder / 'bad_audio.new').exists()
+    assert len(epochs[0]) == len(epochs[1]) == 3
+    assert_same_run(tmp_path / 'exp0', tmp_path / 'exp2')
+
+
+def test_the_replacement_is_of_the_same_speaker(tree):
+    for speaker in range(4):
+        for number in range(3):
+            write_wav(f'{tree["train_path"]}/id{speaker}/session/{number:05d}.wav', wave(speaker, 20000))
+    Path(tree['train_path'], UTTERANCE).unlink()
+    names = ('train_list', 'train_path', 'musan_path', 'rir_path')
+    options = {name: tree[name] for name in names}
+    dataset = trainECAPAModel.train_loader(
+        **options, num_frames=123, bad_audio=f'{tree["train_path"]}/bad.txt', max_bad=50
+    )
+    dataset.augment = lambda audio, rng: audio
+    position = dataset.labels.tolist().index(1) + 1
+    for epoch in range(1, 5):
+        audio, label = dataset[epoch, position]
+        assert label == 1
+        np.testing.assert_allclose(audio, wave(1, 20000)[: len(audio)], atol=1e-3) if len(audio) == 20000 else None
+    for number in (0, 2):
+        Path(tree['train_path'], f'id1/session/{number:05d}.wav').unlink()
+    with pytest.raises(BadInput, match='speaker id1 has no file'):
+        dataset[9, position]
+
+
+def test_a_run_stops_when_too_much_is_bad(tree, capsys, monkeypatch):
+    """Files that go bad after the run began."""
+    run(tree, max_epoch=1)
+    monkeypatch.setattr(trainECAPAModel, 'check_audio', lambda *args, **kwargs: [])
+    for number in range(3):
+        Path(tree['train_path'], f'id{number}/session/00000.wav').unlink()
+    message = refusal(capsys, tree, max_bad=20, max_epoch=9)
+    assert '--max_bad 20%' in message and 'no such file' in message
+    assert 0 < len(Path(tree['save_path'], 'bad_audio.txt').read_text().splitlines()) <= 3
+
+
+# Preflight.
+
+
+def test_check_goes_through_every_file_and_stops(tree, capsys):
+    run(tree, '--check')
+    assert 'all is well' in capsys.readouterr().out
+    assert not os.path.exists(tree['save_path'])
+    for folder, name, reason in (
+        ('eval_path', UTTERANCE, 'is silent'),
+        ('rir_path', 'smallroom/Room001/Room001-00001.wav', 'is silent'),
+        ('musan_path', 'noise/source/recording/00001.wav', 'not finite'),
+    ):
+        path = Path(tree[folder], name)
+        content = path.read_bytes()
+        write_wav(path, SOUND * (0 if 'silent' in reason else np.inf))
+        message = refusal(capsys, tree, '--check', n_cpu=2)
+        assert name in message and reason in message
+        path.write_bytes(content)
+
+
+def test_speakers_in_both_lists_are_warned_about(tree, capsys):
+    run(tree, '--check')
+    assert re.search(r'WARNING +2 speakers are in --train_list and in --eval_list \(id1, id2', capsys.readouterr().out)
+
+
+def test_up_to_twenty_bad_lines_are_shown(tree, capsys):
+    lines = 10 * Path(tree['eval_list']).read_text().splitlines()
+    Path(tree['eval_list']).write_text('\n'.join(f'x{line}' if i % 2 else line for i, line in enumerate(lines)))
+    message = refusal(capsys, tree)
+    assert [int(number) for number in re.findall(r'trials.txt, line (\d+)', message)] == list(range(2, 42, 2))
+
+
+# Lengths.
+
+
+@pytest.mark.parametrize('samples', [1, 2, 256, 257, 399, 47000, 48241])
+def test_utterances_of_any_length(tree, capsys, samples):
+    write_wav(Path(tree['eval_path'], UTTERANCE), wave(3, samples) + 0.01, subtype='PCM_16')
+    write_wav(Path(tree['train_path'], UTTERANCE), wave(3, samples) + 0.01, subtype='PCM_16')
+    if samples < 257:
+        assert f'{UTTERANCE}: has {samples} samples; 257' in refusal(capsys, tree)
+    else:
+        run(tree, max_epoch=1)
+        read_checkpoint(tree['save_path'] + '/model/model_0001.model')
+
+
+if __name__ == '__main__':
+    folder, kills, *pairs = sys.argv[1:]
+    options = {name.removeprefix('--'): value for name, value in zip(pairs[::2], pairs[1::2])}
+    killed_and_continued(options, folder, int(kills))
