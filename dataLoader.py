@@ -274,7 +274,7 @@ def decibels(audio):
 def open_audio(path):
     """soundfile.SoundFile of a 16 kHz mono file; BadInput names the file and what is wrong with it."""
     try:
-        file = soundfile.SoundFile(path)
+        file = soundfile.SoundFile(os.fsencode(path))
     except soundfile.LibsndfileError as error:
         raise BadInput(f'{path}: cannot be read as audio: {why_unreadable(path, error)}') from error
     if (file.samplerate, file.channels) != (RATE, 1):
@@ -387,7 +387,8 @@ def wav_layout(path):
             header = wave.open(file)
             offset, frames = file.tell(), header.getnframes()
             size = os.fstat(file.fileno()).st_size
-    except (OSError, EOFError, wave.Error):
+    except Exception:
+        # wave raises half a dozen types for damaged files; libsndfile decides what these are.
         return None
     fits = (header.getframerate(), header.getnchannels(), header.getsampwidth()) == (RATE, 1, 2)
     return (offset, frames) if fits and 0 < frames <= (size - offset) // 2 else None
@@ -412,7 +413,7 @@ def read_any(path):
     Returns (audio float32 (samples,), what was done to it, '' if nothing). Raises BadInput where it cannot be read.
     """
     try:
-        audio, rate = soundfile.read(path, dtype='float32', always_2d=True)
+        audio, rate = soundfile.read(os.fsencode(path), dtype='float32', always_2d=True)
     except soundfile.LibsndfileError as error:
         raise BadInput(f'{path}: cannot be read as audio: {why_unreadable(path, error)}') from error
     if len(audio) == 0:
@@ -440,11 +441,11 @@ def read_samples(file, start=0, count=-1):
         audio = to_float(file.read(expected, dtype='int16' if file.subtype == 'PCM_16' else 'float32'))
     except (soundfile.SoundFileError, MemoryError) as error:
         why = getattr(error, 'error_string', 'its header announces more samples than memory holds')
-        raise BadInput(f'{file.name}: cannot be decoded: {why}') from error
+        raise BadInput(f'{os.fsdecode(file.name)}: cannot be decoded: {why}') from error
     if len(audio) < expected:
-        raise BadInput(f'{file.name}: ends before the {file.frames} samples that its header announces')
+        raise BadInput(f'{os.fsdecode(file.name)}: ends before the {file.frames} samples that its header announces')
     if not np.isfinite(np.vdot(audio, audio)):
-        raise BadInput(f'{file.name}: holds samples that are not finite, or huge')
+        raise BadInput(f'{os.fsdecode(file.name)}: holds samples that are not finite, or huge')
     return audio
 
 
@@ -642,7 +643,7 @@ def check_audio(paths, role, check=check_header, n_cpu=0, max_bad=0):
 def inspect_file(path):
     """(seconds, rate in Hz, why the file cannot be used or '', whether it is clipped) of an audio file, read whole."""
     try:
-        audio, rate = soundfile.read(path, dtype='float32', always_2d=True)
+        audio, rate = soundfile.read(os.fsencode(path), dtype='float32', always_2d=True)
     except soundfile.LibsndfileError as error:
         return 0.0, 0, f'unreadable ({error.error_string})', False
     seconds, peak = len(audio) / rate, np.abs(audio).max(initial=0)

@@ -152,6 +152,9 @@ def only_run_in(folder):
 @contextlib.contextmanager
 def exit_on_bad_input():
     """Turns BadInput into its sentence on standard error and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        # Names of files need not be UTF-8, and are printed all the same.
+        stream.reconfigure(errors='backslashreplace')
     try:
         yield
     except BadInput as error:
