@@ -328,13 +328,16 @@ class ECAPAModel(nn.Module):
         self.save_parameters(f'{path}.model')
         prune(folder, keep)
 
-    def resume(self, folder):
+    def resume(self, folder, accept=None):
         """Loads the newest checkpoint of a folder that can be read, with the optimiser's state beside it.
 
         Returns the state without the optimiser's; {'epoch'} alone where no checkpoint has one, as those of the
-        published code; or None where there is nothing to resume. Says on standard error what it passed over.
+        published code; or None where there is nothing to resume. Says on standard error what it passed over. accept:
+        is called with the state before anything is loaded, and may raise BadInput.
         """
         for path, state in loadable(folder):
+            if accept:
+                accept(state)
             if self.load_parameters(path):
                 found, own = checkpoint_sizes(read_checkpoint(path))[1], len(self.speaker_loss.weight)
                 raise BadInput(

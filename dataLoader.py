@@ -117,8 +117,11 @@ class train_loader(Dataset):
 
     def note_bad(self, utterance, error, epoch):
         """Adds a line to bad_audio; epoch: None where a replacement was bad, so that nothing more was replaced."""
-        with open(self.bad_audio, 'a', encoding='utf-8', errors='surrogateescape') as file:
-            file.write(f'{epoch} {error}\n')
+        try:
+            with open(self.bad_audio, 'a', encoding='utf-8', errors='surrogateescape') as file:
+                file.write(f'{epoch} {error}\n')
+        except OSError as refused:
+            raise BadInput(f'{self.bad_audio}: cannot be written ({refused.strerror})') from refused
         self.bad.add(utterance)
         check_share(len(self.bad), len(self.labels), self.max_bad, str(error))
 
@@ -275,7 +278,7 @@ def open_audio(path):
     """soundfile.SoundFile of a 16 kHz mono file; BadInput names the file and what is wrong with it."""
     try:
         file = soundfile.SoundFile(os.fsencode(path))
-    except soundfile.LibsndfileError as error:
+    except (soundfile.SoundFileError, TypeError) as error:  # TypeError for a name that ends in .raw
         raise BadInput(f'{path}: cannot be read as audio: {why_unreadable(path, error)}') from error
     if (file.samplerate, file.channels) != (RATE, 1):
         with file:
@@ -293,7 +296,7 @@ def open_audio(path):
 
 def why_unreadable(path, error):
     """libsndfile's reason, which for a missing file is no more than "System error"."""
-    return error.error_string if os.path.exists(path) else 'no such file'
+    return getattr(error, 'error_string', str(error)) if os.path.exists(path) else 'no such file'
 
 
 def read_audio(path):
@@ -414,7 +417,7 @@ def read_any(path):
     """
     try:
         audio, rate = soundfile.read(os.fsencode(path), dtype='float32', always_2d=True)
-    except soundfile.LibsndfileError as error:
+    except (soundfile.SoundFileError, TypeError, MemoryError) as error:
         raise BadInput(f'{path}: cannot be read as audio: {why_unreadable(path, error)}') from error
     if len(audio) == 0:
         raise BadInput(f'{path}: has no samples')

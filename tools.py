@@ -151,7 +151,7 @@ def only_run_in(folder):
 
 @contextlib.contextmanager
 def exit_on_bad_input():
-    """Turns BadInput into its sentence on standard error and exit status 2."""
+    """Turns BadInput, and what the system says of a file, into a sentence on standard error and exit status 2."""
     for stream in (sys.stdout, sys.stderr):
         # Names of files need not be UTF-8, and are printed all the same.
         stream.reconfigure(errors='backslashreplace')
@@ -160,6 +160,11 @@ def exit_on_bad_input():
     except BadInput as error:
         # From a worker process the error comes wrapped in the worker's traceback.
         print('error: ' + str(error).rpartition('BadInput: ')[2].strip(), file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f'error: {error.filename}: {error.strerror}', file=sys.stderr)
         sys.exit(2)
 
 

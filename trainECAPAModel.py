@@ -466,9 +466,9 @@ def start(system, args, now):
     epoch that has to be trained again is not in it twice. Raises BadInput for options that are not those that the run
     began with, unless --force is given.
     """
-    done = system.resume(args.model_save_path)
-    if done:
-        then = done.pop('identity', now)
+
+    def accept(state):
+        then = state.pop('identity', now)
         changed = [f'--{name} {now[name]} (was {then[name]})' for name in now if then.get(name, now[name]) != now[name]]
         if changed and not args.force:
             raise BadInput(
@@ -476,9 +476,12 @@ def start(system, args, now):
                 + '\n'.join(changed)
                 + '\nGive those it began with (options.txt), choose another --save_path, or add --force.'
             )
-        say(f'start         after epoch {done["epoch"]}, from {args.model_save_path}')
         if changed:
-            say('\n  changed: '.join(['note          --force: this run goes on with other options', *changed]))
+            say('\n  '.join(['note          --force: this run goes on with other options', *changed]))
+
+    done = system.resume(args.model_save_path, accept)
+    if done:
+        say(f'start         after epoch {done["epoch"]}, from {args.model_save_path}')
     elif args.initial_model:
         unfit = system.load_parameters(args.initial_model)
         say('\n  left out: '.join([f'start         from {args.initial_model}', *unfit]))
@@ -600,7 +603,10 @@ def sentences_for_people(args):
 
     2 for bad input, a full disk or memory; 130 for Ctrl-C and 143 for SIGTERM, as shells have it.
     """
-    before = signal.signal(signal.SIGTERM, stop)
+    # torchrun stops its processes itself, and a process that waits for another one could not answer.
+    before = signal.getsignal(signal.SIGTERM)
+    if 'TORCHELASTIC_RUN_ID' not in os.environ:
+        signal.signal(signal.SIGTERM, stop)
     try:
         with exit_on_bad_input():
             try:

@@ -37,6 +37,15 @@ def portable():
     return np.load(Path(__file__).parent / 'portable.npz')
 
 
+@pytest.fixture(scope='module')
+def short_crops():
+    """Evaluation crops of 0.3 s instead of 3 s, for tests that evaluate often and whose subject is something else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('dataLoader.EVAL_CROP', 4800)
+        patch.setattr('plain.EVAL_CROP', 4800)
+        yield
+
+
 def wave(number, samples):
     """A pulse-like tone with noise, float32 (samples,): the input that portable.npz was computed on."""
     random = np.random.RandomState(number)

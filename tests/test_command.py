@@ -15,6 +15,7 @@ import trainECAPAModel
 from ECAPAModel import ECAPAModel, read_checkpoint
 from tools import read_scores
 
+pytestmark = pytest.mark.usefixtures('short_crops')
 ROOT = Path(__file__).parents[1]
 SMALL = {'C': 16, 'num_frames': 60, 'batch_size': 8, 'n_cpu': 1, 'device': 'cpu'}
 
@@ -38,8 +39,8 @@ def run(voices, *flags, **options):
     trainECAPAModel.main(command_line(*flags, **{**SMALL, **voices, **options}))
 
 
-@pytest.fixture(scope='session')
-def trained(voices, tmp_path_factory):
+@pytest.fixture(scope='module')
+def trained(voices, short_crops, tmp_path_factory):
     """Folder of an uninterrupted run of four epochs, tested every second one."""
     folder = tmp_path_factory.mktemp('exps') / 'straight'
     run(voices, max_epoch=4, test_step=2, save_path=folder)

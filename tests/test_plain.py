@@ -270,7 +270,7 @@ def test_the_loader_is_named_where_it_is_the_bottleneck(tree, capsys):
                 yield torch.randn(2, 1040), torch.tensor([0, 1])
 
     system = make_system(C=8)
-    system.train_step = lambda audio, labels: torch.zeros(2)
+    system.train_step = lambda audio, labels: torch.zeros(3)
     system.train_network(1, Slow())
     system.train_network(2, Slow())
     assert capsys.readouterr().err.count('waited for data') == 1

@@ -24,6 +24,7 @@ import trainECAPAModel
 from ECAPAModel import ECAPAModel, load_model, read_checkpoint, read_state, saved_models
 from tools import BadInput, read_scores, write_text
 
+pytestmark = pytest.mark.usefixtures('short_crops')
 ROOT = Path(__file__).parents[1]
 SMALL = {'C': 8, 'num_frames': 20, 'batch_size': 4, 'n_cpu': 0, 'max_epoch': 2, 'device': 'cpu'}
 UTTERANCE = 'id1/session/00001.wav'
@@ -38,12 +39,6 @@ def tree(tree):
     for number, name in enumerate(names):
         write_wav(Path(tree['eval_path'], name), wave(number, 8000), subtype='PCM_16')
     return tree
-
-
-@pytest.fixture(autouse=True)
-def short_crops(monkeypatch):
-    """Evaluation crops of 0.3 s instead of 3 s, as these tests evaluate often."""
-    monkeypatch.setattr('dataLoader.EVAL_CROP', 4800)
 
 
 def run(tree, *flags, **options):
@@ -143,7 +138,7 @@ def killed_and_continued(options, folder, kills):
         if child == 0:
             if call:
                 arm(PLACES[place][0], call)
-            run({**options, 'save_path': f'{folder}/{run_number}'}, max_epoch=4, n_cpu=int(place == 'any time'))
+            run({**options, 'save_path': f'{folder}/{run_number}'}, max_epoch=3, n_cpu=int(place == 'any time'))
             os._exit(0)
         if place == 'any time':
             time.sleep(delay)
@@ -180,7 +175,14 @@ def start_run(tree, **options):
     """A run of very many epochs in a process of its own, once it has finished the first of them."""
     arguments = command_line(**{**SMALL, **tree, 'max_epoch': 1000000, 'test_step': 2, 'n_cpu': 1, **options})
     command = [sys.executable, str(ROOT / 'trainECAPAModel.py'), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Whatever runs the tests in the background may have Ctrl-C ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     for line in process.stdout:
         if 'epoch 3' in line:
             return process
@@ -257,7 +259,7 @@ def test_too_little_room_is_said_at_the_start(tree, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     'option, value',
-    [('m', 0.3), ('s', 20), ('seed', 11), ('batch_size', 6), ('lr', 0.01), ('num_frames', 30), ('test_step', 2)],
+    [('m', 0.3), ('s', 20), ('seed', 11), ('batch_size', 6), ('lr', 0.01), ('num_frames', 30), ('C', 16)],
 )
 def test_other_options_are_refused(tree, capsys, option, value):
     run(tree, max_epoch=1)

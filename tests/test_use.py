@@ -18,6 +18,7 @@ from dataLoader import train_loader
 from ECAPAModel import ECAPAModel, load_model, read_checkpoint
 from tools import BadInput, as_norm, operating_points, score_pairs
 
+pytestmark = pytest.mark.usefixtures('short_crops')
 ROOT = Path(__file__).parents[1]
 
 

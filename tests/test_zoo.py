@@ -26,6 +26,7 @@ from dataLoader import read_crop, train_loader
 from ECAPAModel import ECAPAModel
 from tools import BadInput
 
+pytestmark = pytest.mark.usefixtures('short_crops')
 NAMES = [f'id{speaker}/session/{number:05d}.wav' for speaker in (1, 2) for number in range(2)]
 COUNTS = Counter()
 
@@ -54,14 +55,8 @@ def zoo(tmp_path_factory):
     torch.manual_seed(0)
     system = ECAPAModel(0.001, 0.97, 8, 4, 0.2, 30, test_step=1, device='cpu')
     system.save_parameters(folder / 'a.model')
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def short_crops(monkeypatch):
-    """Evaluation crops of 0.3 s: what is tested here does not depend on their length."""
-    monkeypatch.setattr('dataLoader.EVAL_CROP', 4800)
-    monkeypatch.setattr('plain.EVAL_CROP', 4800)
+    yield folder
+    print(f'\nzoo: {dict(COUNTS)}')
 
 
 def digests(folder):
@@ -187,7 +182,7 @@ def assert_crop(path, usable):
     np.testing.assert_allclose(crop, np.resize(audio[start : start + 500], 500), atol=1e-6)
 
 
-@many(80)
+@many(60)
 @given(data=st.data())
 def test_damaged_audio(zoo, capsys, data):
     form, subtype = data.draw(st.sampled_from(KINDS))
