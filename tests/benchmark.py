@@ -1,6 +1,6 @@
 """Measures the modules against the plain implementations of plain.py, side by side on this machine.
 
-    python tests/benchmark.py                 # everything, in under three minutes on two cores
+    python tests/benchmark.py                 # everything, in about three minutes on two cores
     python tests/benchmark.py loader step     # some sections: loader, step, pipeline, ...
 
 Plain and ours take turns, and a ratio is the median of the ratios of the turns: what else the machine does then slows
@@ -291,7 +291,7 @@ def pipeline_rows(options, folder):
     """Training on 8 s files, with every processor loading; plain with as many."""
     device = options.device
     cuda = device.type == 'cuda'
-    size, C, utterances = (400, 1024, 4000) if cuda else (16, 64, 48)
+    size, C, utterances = (400, 1024, 4000) if cuda else (16, 64, 32)
     make_corpus(folder, utterances, minutes=3 if cuda else 1)
     paths = [str(folder / name) for name in ('train.txt', 'train', 'musan', 'rirs')]
     workers = {'num_workers': default_n_cpu(), 'persistent_workers': True}
