@@ -85,9 +85,9 @@ class train_loader(Dataset):
 
     def __getitem__(self, index):
         if isinstance(index, tuple):
-            # Python's generator starts and draws single numbers several times faster than NumPy's.
-            rng = random.Random(f'{self.seed} {index}')
             epoch, index = index
+            # Python's generator starts and draws single numbers several times faster than NumPy's.
+            rng = random.Random(f'{self.seed} {epoch} {index}')
         else:
             rng = random.Random(int(torch.randint(2**63 - 1, ())))
             epoch = 0
@@ -107,8 +107,9 @@ class train_loader(Dataset):
                 raise
             self.note_bad(utterance, error, epoch)
         # The replacement, too, depends on (seed, epoch, index) alone, so not on which files are known to be bad.
-        others = np.flatnonzero(self.labels == self.labels[utterance]).tolist()
-        for other in rng.sample(others, len(others)):
+        same = np.flatnonzero(self.labels == self.labels[utterance]).tolist()
+        same.remove(utterance)
+        for other in rng.sample(same, len(same)):
             try:
                 return read_speech(self.path(other), length, rng)
             except BadInput as error:

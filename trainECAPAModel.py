@@ -511,8 +511,6 @@ def clock():
 def write_options(args):
     """Writes SAVE_PATH/options.txt: the options, to be read back with @, and the versions."""
     path = os.path.join(args.save_path, 'options.txt')
-    if process_rank():
-        return
     lines = [f'# {name} {version}' for name, version in versions().items()]
     for name, value in vars(args).items():
         values = value if isinstance(value, list) else [value]
@@ -538,12 +536,13 @@ def train(args):
 def run(system, loader, args):
     """The epochs of train, in a folder that is this run's alone."""
     dataset = loader.dataset
-    if process_rank() == 0:
-        prune(args.model_save_path, args.keep)
-        collect_bad_audio(dataset.bad_audio, bad_list(args))
     now = identity(system, dataset, args)
     done, scores = start(system, args, now)
-    write_options(args)
+    if process_rank() == 0:
+        # Not before: a run whose options are refused must not remove anything.
+        prune(args.model_save_path, args.keep)
+        collect_bad_audio(dataset.bad_audio, bad_list(args))
+        write_options(args)
     if 'loss' in done and done['epoch'] not in [score[0] for score in scores]:
         # The run ended between saving this epoch and testing it.
         test(system, args, scores=scores, **done)
@@ -577,7 +576,7 @@ def train_epoch(system, loader, args, epoch):
         write_whole(path, lambda file: torch.save(batch, file))
         shown = '\n'.join(files[:20] + [f'and {len(files) - 20} more'] * (len(files) > 20))
         raise BadInput(
-            f'{error}. Nothing was saved after epoch {epoch - 1}. The batch is in {path}; its files:\n{shown}\n'
+            f'{error}. What was saved before is untouched. The batch is in {path}; its files:\n{shown}\n'
             'Look at these, or lower --lr, and run the same command again.'
         ) from error
     finally:

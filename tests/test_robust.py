@@ -262,12 +262,13 @@ def test_too_little_room_is_said_at_the_start(tree, capsys, monkeypatch):
     [('m', 0.3), ('s', 20), ('seed', 11), ('batch_size', 6), ('lr', 0.01), ('num_frames', 30), ('C', 16)],
 )
 def test_other_options_are_refused(tree, capsys, option, value):
-    run(tree, max_epoch=1)
-    message = refusal(capsys, tree, **{option: value})
+    run(tree, max_epoch=2)
+    files = sorted(Path(tree['save_path']).rglob('*'))
+    message = refusal(capsys, tree, keep=1, **{option: value})
+    assert sorted(Path(tree['save_path']).rglob('*')) == files
     assert re.search(rf'--{option} {value:g}\b.* \(was ', message)
-    assert read_scores(tree['save_path'] + '/score.txt')[-1][0] == 1
     if option == 'm':
-        run(tree, '--force', m=0.3)
+        run(tree, '--force', m=0.3, max_epoch=3)
         assert '--m 0.3 (was 0.2)' in capsys.readouterr().out
 
 
