@@ -1,7 +1,8 @@
 """Measures the modules against the plain implementations of plain.py, side by side on this machine.
 
-    python tests/benchmark.py                 # everything, in about three minutes on two cores
+    python tests/benchmark.py                 # all speeds, in two to three minutes on two cores
     python tests/benchmark.py loader step     # some sections: loader, step, pipeline, ...
+    python tests/benchmark.py precision       # bfloat16 against float32: the losses of training runs, on real speech
 
 Plain and ours take turns, and a ratio is the median of the ratios of the turns: what else the machine does then slows
 both. The data is generated, except that the evaluation uses real speech where ../shared has some.
@@ -77,18 +78,19 @@ def timed(function, items, device=None, repeats=1):
 def compare(what, unit, slow, fast, least=3, work=None, **cells):
     """Row of two functions that return their seconds per item, plain and ours: 7 turns, or fewer once 4 s are over.
 
-    least: fewest turns; work: (operations per item, the most that the device does in a second), for a note.
+    least: fewest turns; work: (operations per item, function that returns the seconds of one in a matrix product, which
+    then takes its turn too), for a note.
     """
-    pairs, begin = [], time.perf_counter()
-    while len(pairs) < least or (len(pairs) < 7 and time.perf_counter() - begin < 4):
-        pairs.append((slow(), fast()))
-    pairs = np.array(pairs)
-    rates = 1 / np.median(pairs, axis=0)
-    ratio = np.median(pairs[:, 0] / pairs[:, 1])
+    turns, begin = [], time.perf_counter()
+    while len(turns) < least or (len(turns) < 7 and time.perf_counter() - begin < 4):
+        turns.append((slow(), fast(), work[1]() if work else 0))
+    slow, fast, product = np.array(turns).T
     if work:
-        share = 100 * rates[1] * work[0] / work[1]
-        cells['note'] = f'ours at {share:.0f}% of the matmul peak, {quantity(work[1] / 1e9)} GFLOP/s'
-    return Row(what, *(f'{quantity(rate)} {unit}' for rate in rates[::-1]), f'{ratio:.2f}', **cells)
+        share = 100 * np.median(work[0] * product / fast)
+        peak = quantity(1e-9 / np.median(product))
+        cells['note'] = f'ours at {share:.0f}% of the matmul peak, {peak} GFLOP/s'
+    rates = (f'{quantity(1 / np.median(side))} {unit}' for side in (fast, slow))
+    return Row(what, *rates, f'{np.median(slow / fast):.2f}', **cells)
 
 
 def quantity(x):
@@ -235,20 +237,25 @@ def has_bfloat16(device):
     return any(flag in cpu_info() for flag in ('avx512_bf16', 'amx_bf16', ' bf16'))
 
 
-def matmul_peak(device, dtype):
-    """Floating-point operations a second of the fastest of some large matrix products."""
-    repeats, sizes = (10, (4096, 8192, 16384)) if device.type == 'cuda' else (1, (512, 1024, 2048))
-    before = torch.get_float32_matmul_precision()
-    if device.type == 'cuda':
-        # TF32, as in the convolutions, which are the bulk of a step.
-        torch.set_float32_matmul_precision('high')
-    peak = 0
+def product(a, b):
+    """a @ b, on a GPU in TF32, as in the convolutions, which are the bulk of a step."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.matmul(a, b)
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def matmul_pace(device, dtype):
+    """Returns measure(): the seconds of a floating-point operation in the fastest of some large matrix products."""
+    sizes = (4096, 8192, 16384) if device.type == 'cuda' else (512, 1024, 2048)
+    paces = {}
     for size in sizes:
-        a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-        product = timed(partial(torch.matmul, a, b), 2 * size**3, device, repeats)
-        peak = max(peak, *(1 / product() for _ in range(4)))
-    torch.set_float32_matmul_precision(before)
-    return peak
+        work = partial(product, *torch.randn(2, size, size, device=device, dtype=dtype)), 2 * size**3, device
+        once = timed(*work)
+        fastest = min(once() for _ in range(4))
+        # Half a second at a time, long enough for a mean over what else the machine does.
+        paces[fastest] = timed(*work, repeats=1 + int(0.5 / fastest / work[1]))
+    return paces[min(paces)]
 
 
 def step_rows(options, folder):
@@ -258,7 +265,7 @@ def step_rows(options, folder):
     sizes = options.c or ([16] if options.quick else [128, 512, 1024])
     # First, while this process takes no memory of the GPU.
     memory = [in_process('spawn', step_memory, side, str(device), sizes[-1], batch_size) for side in ('ours', 'plain')]
-    batch, peak = make_batch(device, batch_size), matmul_peak(device, torch.float32)
+    batch, peak = make_batch(device, batch_size), matmul_pace(device, torch.float32)
 
     def measure(step):
         # Several steps on a GPU, which may queue them without waiting.
@@ -276,12 +283,52 @@ def step_rows(options, folder):
     if not has_bfloat16(device):
         yield Row('step bfloat16', note='this CPU has no bfloat16')
         return
-    peak = matmul_peak(device, torch.bfloat16)
+    peak = matmul_pace(device, torch.bfloat16)
     for name in ('bfloat16', 'bfloat16, compiled') if device.type == 'cuda' else ('bfloat16',):
         step = make_step('ours', device, channels, 'bf16', compile='compiled' in name)
         step(*batch)
         what = f'step {name}, C={channels} ("plain" is our float32)'
         yield compare(what, 'utt/s', measure(ours), measure(step), least=2, work=(flops, peak))
+
+
+# precision: training in bfloat16 and in float32.
+
+
+def training_losses(paths, device, C, precision, seed, steps):
+    """Losses (steps,) of a training run from scratch, on batches of 16 utterances of 2 s."""
+    torch.manual_seed(seed)
+    loader = make_batches(train_loader(*paths, num_frames=200, seed=seed), 16, default_n_cpu())
+    n_class = loader.dataset.n_class
+    system = ECAPAModel(0.001, 0.97, C, n_class, 0.2, 30, test_step=1, device=str(device), precision=precision).train()
+    losses = []
+    for epoch in itertools.count(1):
+        loader.batch_sampler.set_epoch(epoch)
+        for audio, labels in loader:
+            losses.append(system.train_step(audio.to(device), labels.to(device))[0].item())
+            if len(losses) == steps:
+                return np.array(losses)
+
+
+def precision_rows(options, folder):
+    """Loss curves of bfloat16 and of float32 on the same steps of minivox, beside those of float32 for other seeds."""
+    source = SHARED / 'minivox'
+    if not source.is_dir() or not has_bfloat16(options.device):
+        yield Row('precision', note='needs ../shared/minivox, and a device that computes in bfloat16')
+        return
+    paths = [str(source / name) for name in ('train_list.txt', 'train', 'musan_split', 'simulated_rirs')]
+    seeds, steps, C = range(1, 4), 8 if options.quick else 200, (options.c or [64])[-1]
+    curves = {}
+    for precision, seed in itertools.product(('fp32', 'bf16'), seeds):
+        losses = training_losses(paths, options.device, C, precision, seed, steps)
+        curves[precision, seed] = losses.reshape(8, -1).mean(axis=1)
+        curve = ' '.join(f'{loss:.2f}' for loss in curves[precision, seed])
+        yield Row(f'{precision}, seed {seed}, C={C}', note=f'mean losses of {steps // 8} steps: {curve}')
+    for what, pairs in {
+        'bf16 against fp32, same seed': [(('bf16', seed), ('fp32', seed)) for seed in seeds],
+        'fp32, seed against seed': [(('fp32', a), ('fp32', b)) for a, b in itertools.combinations(seeds, 2)],
+    }.items():
+        distances = np.abs([curves[a] - curves[b] for a, b in pairs])
+        yield Row(what, note=f'these differ by {distances.mean():.3f} on average, {distances.max():.3f} at most')
 
 
 # pipeline: from files to optimiser steps, as in training.
@@ -454,6 +501,7 @@ SECTIONS = {
     'evaluation': evaluation_rows,
     'scoring': scoring_rows,
     'lists': lists_rows,
+    'precision': precision_rows,
 }
 
 
@@ -469,7 +517,8 @@ def main():
     print(machine(options.device), flush=True)
     rows = [Row('what', 'ours', 'plain', 'ratio', 'memory, ours / plain', '')]
     begin = time.perf_counter()
-    for name in SECTIONS if 'all' in options.sections else options.sections:
+    # Not the last, which is no speed and takes minutes of its own.
+    for name in list(SECTIONS)[:-1] if 'all' in options.sections else options.sections:
         with tempfile.TemporaryDirectory() as folder:
             for row in SECTIONS[name](options, Path(folder)):
                 print('; '.join(cell for cell in row if cell), flush=True)
