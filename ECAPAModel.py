@@ -196,7 +196,7 @@ class ECAPAModel(nn.Module):
         if self.device.type != 'cuda':
             return finite, None
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return finite, event
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import datetime
 import itertools
 import json
 import math
@@ -167,7 +168,9 @@ def join_processes(args):
     # The store outlives a restart: without a prefix, a process may find the address of the one that was killed.
     store = dist.PrefixStore(f'restart {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
     backend = 'nccl' if args.device.startswith('cuda') else 'gloo'
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    # The others wait while the first goes through the files, an hour for all of VoxCeleb2; NCCL gives up after minutes.
+    patience = datetime.timedelta(hours=3)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
 
 
 @contextlib.contextmanager

@@ -56,9 +56,10 @@ def wave(number, samples):
     return (0.1 * tone).astype(np.float32)
 
 
-def portable_system(C):
-    """ECAPAModel whose every weight follows from its name, on the CPU, without SpecAugment."""
-    system = ECAPAModel(lr=0.001, lr_decay=0.97, C=C, n_class=20, m=0.2, s=30, test_step=1, device='cpu')
+def portable_system(C, **kwargs):
+    """ECAPAModel whose every weight follows from its name, without SpecAugment, on the CPU unless kwargs say more."""
+    options = dict(lr=0.001, lr_decay=0.97, C=C, n_class=20, m=0.2, s=30, test_step=1, device='cpu')
+    system = ECAPAModel(**{**options, **kwargs})
     for name, tensor in system.state_dict().items():
         if 'torchfbank' in name or 'num_batches_tracked' in name:
             continue

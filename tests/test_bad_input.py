@@ -136,7 +136,7 @@ def test_a_full_option_list_trains(tree):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    system = ECAPAModel(lr=0.001, lr_decay=0.97, C=8, n_class=4, m=0.2, s=30, test_step=1)
+    system = ECAPAModel(lr=0.001, lr_decay=0.97, C=8, n_class=4, m=0.2, s=30, test_step=1, device='cpu')
     system.save_parameters(tmp_path / 'a.model')
     return tmp_path / 'a.model'
 
@@ -176,7 +176,7 @@ def test_a_checkpoint_is_refused(tree, checkpoint, capsys, monkeypatch, tmp_path
 
 
 def test_an_encoder_of_another_size_is_refused(checkpoint):
-    system = ECAPAModel(lr=0.001, lr_decay=0.97, C=16, n_class=4, m=0.2, s=30, test_step=1)
+    system = ECAPAModel(lr=0.001, lr_decay=0.97, C=16, n_class=4, m=0.2, s=30, test_step=1, device='cpu')
     before = {name: tensor.clone() for name, tensor in system.state_dict().items()}
     with pytest.raises(Exception, match='encoder does not fit.*8 channels.*16'):
         system.load_parameters(checkpoint)

@@ -77,7 +77,7 @@ def test_the_plan_comes_first_and_a_log_has_no_progress_bar(voices, tmp_path):
     plan, _, rest = done.stdout.partition('start ')
     assert f'6 speakers, {utterances} utterances' in plan
     assert f'{utterances // 8} steps of 8 utterances' in plan
-    system = ECAPAModel(lr=0.001, lr_decay=0.97, C=16, n_class=6, m=0.2, s=30, test_step=1)
+    system = ECAPAModel(lr=0.001, lr_decay=0.97, C=16, n_class=6, m=0.2, s=30, test_step=1, device='cpu')
     parameters = [sum(p.numel() for p in part.parameters()) for part in (system.speaker_encoder, system.speaker_loss)]
     assert f'{parameters[0]:,} in the encoder, {parameters[1]:,} in the classifier of 6 speakers' in plan
     rirs = len(list(Path(voices['rir_path']).rglob('*.wav')))
@@ -145,7 +145,7 @@ def test_eval_gives_the_figures_of_training(voices, trained, capsys):
     found = dict(zip(header, row))
     assert float(found['EER'].rstrip('%')) == read_scores(trained / 'score.txt')[-1][4]
     assert float(found['minDCF(0.01)']) >= float(found['minDCF(0.05)'])
-    system = ECAPAModel(lr=0.001, lr_decay=0.97, C=16, n_class=6, m=0.2, s=30, test_step=1)
+    system = ECAPAModel(lr=0.001, lr_decay=0.97, C=16, n_class=6, m=0.2, s=30, test_step=1, device='cpu')
     system.load_parameters(model)
     eer, min_dcf = system.eval_network(eval_list=str(voices['eval_list']), eval_path=str(voices['eval_path']))
     assert (f'{eer:.2f}%', f'{min_dcf:.4f}') == (found['EER'], found['minDCF(0.05)'])

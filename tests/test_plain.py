@@ -9,6 +9,7 @@ import plain
 import pytest
 import torch
 from conftest import portable_system, wave, write_wav
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.data import DataLoader
 
 from dataLoader import NoiseFiles, Strings, make_batches, read_crop, read_train_list, read_trials, train_loader
@@ -18,7 +19,8 @@ from tools import ComputeErrorRates, ComputeMinDcf, accuracy, score_pairs
 
 
 def make_system(C=16, **kwargs):
-    return ECAPAModel(**{**dict(lr=0.001, lr_decay=0.97, C=C, n_class=20, m=0.2, s=30, test_step=1), **kwargs})
+    options = dict(lr=0.001, lr_decay=0.97, C=C, n_class=20, m=0.2, s=30, test_step=1, device='cpu')
+    return ECAPAModel(**{**options, **kwargs})
 
 
 def test_network_and_gradients():
@@ -241,13 +243,25 @@ def test_the_body_of_the_encoder_is_one_graph():
     np.testing.assert_allclose(compiled(features).detach(), system.speaker_encoder.encode(features).detach(), atol=1e-5)
 
 
+def test_a_step_reads_nothing_back():
+    """A GPU would have to be waited for. Fake tensors hold no numbers, so that reading one raises."""
+    system = make_system(precision='bf16', accumulate=2).train()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        audio, labels = mode.from_tensor(torch.randn(4, 16240)), mode.from_tensor(torch.tensor([3, 1, 19, 7]))
+        result = system.train_step(audio, labels)
+        finite, _ = system.start_check(result)
+        with pytest.raises(DataDependentOutputException):
+            bool(finite)
+    assert result.shape == (3,)
+
+
 def test_bfloat16_is_close_and_keeps_the_loss_in_float32():
     waves = torch.from_numpy(np.stack([wave(i, 16240) for i in range(4)]))
     labels = torch.tensor([3, 1, 19, 7])
     losses, gradients = [], []
     for precision in ('fp32', 'bf16'):
         torch.manual_seed(8)
-        system = make_system(C=64, precision=precision, device='cpu')
+        system = make_system(C=64, precision=precision)
         loss, _ = system(waves, labels)
         loss.backward()
         assert loss.dtype == torch.float32

@@ -1,0 +1,101 @@
+"""On a GPU: the numbers of a CPU, steps that nobody waits for, and the command as a whole."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import command_line, portable_system, wave, write_wav
+
+import trainECAPAModel
+from ECAPAModel import load_model
+from tools import read_scores
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
+
+
+@pytest.fixture(autouse=True)
+def exact_convolutions(monkeypatch):
+    """No TF32, whose 10 bits would hide mistakes behind its rounding."""
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+
+
+def batch(device):
+    """Four waveforms with labels."""
+    waves = torch.from_numpy(np.stack([wave(i, 16240) for i in range(4)]))
+    return waves.to(device), torch.tensor([3, 1, 19, 7], device=device)
+
+
+def loss_and_gradients(system):
+    """(Loss, {name: gradient}) of the batch, on the CPU."""
+    loss, _ = system.train()(*batch(system.device))
+    loss.backward()
+    return loss.item(), {name: p.grad.cpu() for name, p in system.named_parameters()}
+
+
+def test_losses_and_gradients_are_those_of_a_cpu():
+    expected, gradients = loss_and_gradients(portable_system(64))
+    loss, found = loss_and_gradients(portable_system(64, device='cuda', precision='fp32'))
+    assert loss == pytest.approx(expected, rel=1e-4)
+    for name, gradient in gradients.items():
+        assert (found[name] - gradient).norm() <= 1e-2 * gradient.norm() + 1e-5, name
+
+
+def test_bfloat16_is_the_default_and_close():
+    system = portable_system(64, device='cuda')
+    if system.precision != 'bf16':
+        pytest.skip('this GPU has no bfloat16')
+    expected, gradients = loss_and_gradients(portable_system(64))
+    loss, found = loss_and_gradients(system)
+    assert loss == pytest.approx(expected, rel=0.02)
+    name = 'speaker_encoder.layer1.conv1.weight'
+    assert torch.cosine_similarity(found[name].flatten(), gradients[name].flatten(), dim=0) > 0.98
+
+
+def test_embeddings_are_those_of_a_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr('ECAPAModel.BATCH_FRAMES', 500)  # so that the longest is taken block by block
+    monkeypatch.setattr('ECAPAModel.WINDOW_FRAMES', 2000)
+    paths = [
+        write_wav(tmp_path / f'{i}.wav', wave(i, samples)) for i, samples in enumerate((700, 48240, 60000, 400000))
+    ]
+    expected = portable_system(64).embed_files(paths)
+    np.testing.assert_allclose(portable_system(64, device='cuda').embed_files(paths), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_nobody_waits_for_a_step(accumulate):
+    system = portable_system(64, device='cuda', accumulate=accumulate).train()
+    system.train_step(*batch('cuda'))
+    waves, labels = batch('cuda')
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        finite, event = system.start_check(system.train_step(waves, labels))
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    system.finish_check(1, 1, None, finite, event)
+
+
+@pytest.mark.slow
+def test_compiled_steps_have_the_same_losses():
+    losses = []
+    for compiled in (False, True):
+        system = portable_system(64, device='cuda', precision='fp32', compile=compiled).train()
+        losses.append([system.train_step(*batch('cuda'))[0].item() for _ in range(3)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+def test_the_command_trains_goes_on_and_scores(tree, capsys):
+    options = {**tree, 'C': 16, 'num_frames': 60, 'batch_size': 8, 'n_cpu': 1}
+    for max_epoch in (1, 2):
+        trainECAPAModel.main(command_line(max_epoch=max_epoch, **options))
+    assert 'after epoch 1' in capsys.readouterr().out
+    scores = read_scores(os.path.join(tree['save_path'], 'score.txt'))
+    assert [score[0] for score in scores] == [1, 2]
+    model = os.path.join(tree['save_path'], 'model', 'model_0002.model')
+    figures = [
+        load_model(model, device=device).eval_network(tree['eval_list'], tree['eval_path'])
+        for device in ('cpu', 'cuda')
+    ]
+    assert figures[0][0] == pytest.approx(figures[1][0], abs=0.5)
+    assert figures[1][0] == pytest.approx(scores[-1][4], abs=0.5)
