@@ -16,13 +16,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataLoader import EvalUtterances, eval_crops, read_train_list, read_trial_lists
+from dataLoader import EVAL_CROP, EvalUtterances, eval_crops, read_train_list, read_trial_lists
 from loss import AAMsoftmax
-from model import ECAPA_TDNN
+from model import ECAPA_TDNN, HOP
 from tools import (
     BadInput,
     available_cpus,
-    copy_from_first,
     gather,
     process_count,
     process_rank,
@@ -36,6 +35,7 @@ BATCH_FRAMES = 16384  # frames in a batch of evaluation on a GPU: about 1.5 GB o
 CPU_BATCH_FRAMES = 4096  # larger ones do not stay in the cache
 CHECKED_LATER = 3  # steps until a loss is looked at: by then a GPU has computed it, so nobody waits
 WINDOW_FRAMES = 8 * BATCH_FRAMES  # frames read before they are sorted by length into batches
+SHAPE_STEP = 64  # lengths of batches on a GPU are multiples of this: cuDNN plans anew for each shape that it meets
 
 
 def choose_device(name='auto'):
@@ -72,7 +72,7 @@ class ECAPAModel(nn.Module):
     the classifier alone.
 
     Where processes train together (torch.distributed is initialised), gradients are averaged over them, and batch norms
-    use the statistics of all of them on GPUs.
+    use the statistics of all of them.
     """
 
     def __init__(
@@ -98,19 +98,21 @@ class ECAPAModel(nn.Module):
         self.accumulate = accumulate
         self.freeze_epochs = freeze_epochs
         self.warned = False
-        cuda = self.device.type == 'cuda'
+        self.on_gpu = self.device.type == 'cuda'
+        if self.on_gpu and self.device.index is not None:
+            torch.cuda.set_device(self.device)
         if precision == 'auto':
-            precision = 'bf16' if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else 'fp32'
+            precision = 'bf16' if self.on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else 'fp32'
         self.precision = precision
         self.speaker_encoder = ECAPA_TDNN(C=C).to(self.device)
         self.speaker_loss = AAMsoftmax(n_class=n_class, m=m, s=s).to(self.device)
-        if process_count() > 1 and cuda:
-            self.speaker_encoder = nn.SyncBatchNorm.convert_sync_batchnorm(self.speaker_encoder)
         self.encode = torch.compile(self.speaker_encoder.encode) if compile else self.speaker_encoder.encode
         self.optim = torch.optim.Adam(self.parameters(), lr=lr, weight_decay=2e-5, fused=True)
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optim, step_size=test_step, gamma=lr_decay)
         # In a tuple, so that the wrapper does not become a part of what it wraps.
-        self.replicas = (nn.parallel.DistributedDataParallel(self) if process_count() > 1 else self,)
+        # The buffers are the batch norms' statistics, which are equal in all processes.
+        several = process_count() > 1
+        self.replicas = (nn.parallel.DistributedDataParallel(self, broadcast_buffers=False) if several else self,)
 
     def set_learning_rate(self, epoch):
         """Sets and returns the learning rate of an epoch, counted from 1: a function of the epoch alone."""
@@ -193,10 +195,10 @@ class ECAPAModel(nn.Module):
     def start_check(self, result):
         """Starts copying whether all of a step's result is finite to the host: (the copy, event of its end or None)."""
         finite = result.isfinite().all().to('cpu', non_blocking=True)
-        if self.device.type != 'cuda':
+        if not self.on_gpu:
             return finite, None
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
+        event = torch.cuda.Event(blocking=True)
+        event.record()
         return finite, event
 
     @staticmethod
@@ -254,27 +256,22 @@ class ECAPAModel(nn.Module):
         names every file that cannot be used, or whose embedding is zero or not finite.
         """
         self.eval()
-        for statistics in self.buffers():
-            # Batch norms that are not synchronised have seen other utterances in each process.
-            copy_from_first(statistics)
         mine = range(process_rank(), len(paths), process_count())
         dataset = EvalUtterances([paths[i] for i in mine], any_format)
-        files = DataLoader(dataset, batch_size=None, num_workers=min(self.n_cpu, len(mine)))
+        files = DataLoader(dataset, batch_size=None, num_workers=min(self.n_cpu, len(mine)), pin_memory=self.on_gpu)
         embeddings = torch.zeros(len(paths), 2, 192, device=self.device)
-        whole, crops, faults, waiting = [], [], [], 0
+        window, faults, waiting = [], [], 0
         for index, audio in zip(mine, tqdm(files, 'evaluating', unit='file', disable=self.quiet(), leave=False)):
             if isinstance(audio, str):
                 faults.append(audio)
             if faults:
                 continue
-            audio = audio.to(self.device)
-            whole.append((index, self.speaker_encoder.features(audio[None])))
-            crops.append((index, self.speaker_encoder.features(eval_crops(audio))))
-            waiting += whole[-1][1].shape[2]
+            window.append((index, audio.to(self.device, non_blocking=True)))
+            waiting += 1 + len(audio) // HOP
             if waiting > WINDOW_FRAMES:
-                self.embed_batches(whole, crops, embeddings)
-                whole, crops, waiting = [], [], 0
-        self.embed_batches(whole, crops, embeddings)
+                self.embed_window(window, embeddings)
+                window, waiting = [], 0
+        self.embed_window(window, embeddings)
         embeddings = sum_over_processes(embeddings).cpu()
         faults = gather(faults)
         if not faults:
@@ -286,26 +283,43 @@ class ECAPAModel(nn.Module):
             raise BadInput('\n'.join([f'{len(faults)} of {len(paths)} files cannot be embedded:', *faults]))
         return embeddings.numpy()
 
-    def embed_batches(self, whole, crops, embeddings):
-        """Fills in embeddings (N, 2, 192) from lists of (index, features (utterances, 80, frames)) of as many files.
+    def embed_window(self, window, embeddings):
+        """Fills in embeddings (N, 2, 192) from a list of (index, audio (samples,)) on the device.
 
-        Whole utterances of about the same length share a batch.
+        Whole utterances of about the same length share a batch. Nothing waits for a GPU.
         """
-        batch_frames = BATCH_FRAMES if self.device.type == 'cuda' else CPU_BATCH_FRAMES
-        for side, items in enumerate((sorted(whole, key=lambda item: item[1].shape[2], reverse=True), crops)):
-            while items:
-                count, _, longest = items[0][1].shape
-                size = max(1, batch_frames // (count * longest))
-                batch, items = items[:size], items[size:]
-                frames = [x.shape[2] for _, x in batch]
-                padded = torch.cat([nn.functional.pad(x, (0, longest - x.shape[2])) for _, x in batch])
-                lengths = None if min(frames) == longest else torch.tensor(frames, device=self.device)
-                if longest > 2 * BATCH_FRAMES:
-                    embedding = self.speaker_encoder.encode_long(padded, BATCH_FRAMES)
-                else:
-                    embedding = self.speaker_encoder.encode(padded, lengths)
-                embedding = nn.functional.normalize(embedding)
-                embeddings[[index for index, _ in batch], side] = embedding.view(len(batch), count, -1).mean(dim=1)
+        encoder, batch_frames = self.speaker_encoder, BATCH_FRAMES if self.on_gpu else CPU_BATCH_FRAMES
+        items = [(index, encoder.features(audio[None])) for index, audio in window]
+        items.sort(key=lambda item: item[1].shape[2], reverse=True)
+        while items:
+            longest = items[0][1].shape[2]
+            size = max(1, batch_frames // longest)
+            batch, items = items[:size], items[size:]
+            indices, features = zip(*batch)
+            if longest > 2 * BATCH_FRAMES:
+                embedding = encoder.encode_long(features[0], BATCH_FRAMES)
+            else:
+                embedding = encoder.encode(*self.pad(features))
+            embeddings[self.upload(indices), 0] = nn.functional.normalize(embedding)
+        size = max(1, batch_frames // (5 * (1 + EVAL_CROP // HOP)))
+        for start in range(0, len(window), size):
+            indices, audio = zip(*window[start : start + size])
+            crops = torch.cat([eval_crops(samples) for samples in audio])
+            crops = nn.functional.normalize(encoder.encode(encoder.features(crops)))
+            embeddings[self.upload(indices), 1] = crops.view(len(audio), 5, -1).mean(dim=1)
+
+    def pad(self, features):
+        """(Features (B, 80, T), their lengths (B,) or None where all are T) of a list of (1, 80, frames)."""
+        frames = [x.shape[2] for x in features]
+        step = SHAPE_STEP if self.on_gpu else 1
+        longest = -(-max(frames) // step) * step
+        padded = torch.cat([nn.functional.pad(x, (0, longest - x.shape[2])) for x in features])
+        return padded, None if min(frames) == longest else self.upload(frames)
+
+    def upload(self, numbers):
+        """Integers as a tensor on the device."""
+        numbers = torch.tensor(numbers)
+        return numbers.pin_memory().to(self.device, non_blocking=True) if self.on_gpu else numbers
 
     @staticmethod
     def quiet():

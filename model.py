@@ -5,9 +5,12 @@ of the published checkpoint.
 """
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchaudio
 from torch import nn
+
+HOP = 160  # samples, 10 ms
 
 
 def mean_over_time(x, mask=None):
@@ -59,6 +62,60 @@ class WeightedMoments(torch.autograd.Function):
         return grad_x, slope.mul_(x).sub_(level).mul_(weights)
 
 
+class NormOfAll(torch.autograd.Function):
+    """Batch norm of x (B, channels[, T]) with the mean and biased variance (channels,) over all processes' x.
+
+    Returns (x normalised, mean, variance). Ioffe and Szegedy, Batch Normalization, ICML 2015, with every sum over the
+    batch being one over the processes too.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        dims = [dim for dim in range(x.ndim) if dim != 1]
+        own = torch.cat(torch.var_mean(x.float(), dim=dims, correction=0))
+        parts = own.new_empty(dist.get_world_size() * len(own))
+        dist.all_gather_into_tensor(parts, own)
+        variances, means = parts.view(-1, 2, x.shape[1]).unbind(dim=1)
+        mean = means.mean(dim=0)
+        # Not the mean square less the squared mean, whose difference loses the digits of a small variance.
+        variance = variances.mean(dim=0) + (means - mean).square().mean(dim=0)
+        ctx.eps, ctx.count = eps, x.numel() // x.shape[1] * len(means)
+        ctx.save_for_backward(x, weight, mean, variance)
+        ctx.mark_non_differentiable(mean, variance)
+        return F.batch_norm(x, mean, variance, weight, bias, eps=eps), mean, variance
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        x, weight, mean, variance = ctx.saved_tensors
+        # The gradients with mean and variance held fixed; what goes through these two is a straight line in x.
+        fixed = grad, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(*fixed)
+        sums = torch.stack([grad_weight, grad_bias])
+        dist.all_reduce(sums)
+        scale = (variance + ctx.eps).rsqrt()
+        slope = -scale * scale * weight * sums[0] / ctx.count
+        offset = -scale * weight * sums[1] / ctx.count - slope * mean
+        slope, offset = (line.to(x.dtype).view(1, -1, *[1] * (x.ndim - 2)) for line in (slope, offset))
+        return grad_x + torch.addcmul(offset, x, slope), grad_weight, grad_bias, None
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """nn.BatchNorm1d that uses, where processes train together on equal parts of a batch, the statistics of all of it.
+
+    PyTorch's SyncBatchNorm has the host wait for the GPU in every layer, and needs a GPU.
+    """
+
+    def forward(self, input):
+        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(input)
+        normalised, mean, variance = NormOfAll.apply(input, self.weight, self.bias, self.eps)
+        count = input.numel() // input.shape[1] * dist.get_world_size()
+        self.num_batches_tracked.add_(1)
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        return normalised
+
+
 class SEModule(nn.Module):
     """Squeeze-excitation: scales each channel of (B, channels, T) by a gate computed from all channels' means."""
 
@@ -94,13 +151,13 @@ class Bottle2neck(nn.Module):
         width = planes // scale
         padding = kernel_size // 2 * dilation
         self.conv1 = nn.Conv1d(inplanes, width * scale, kernel_size=1)
-        self.bn1 = nn.BatchNorm1d(width * scale)
+        self.bn1 = BatchNorm(width * scale)
         self.convs = nn.ModuleList(
             nn.Conv1d(width, width, kernel_size, dilation=dilation, padding=padding) for _ in range(scale - 1)
         )
-        self.bns = nn.ModuleList(nn.BatchNorm1d(width) for _ in range(scale - 1))
+        self.bns = nn.ModuleList(BatchNorm(width) for _ in range(scale - 1))
         self.conv3 = nn.Conv1d(width * scale, planes, kernel_size=1)
-        self.bn3 = nn.BatchNorm1d(planes)
+        self.bn3 = BatchNorm(planes)
         self.relu = nn.ReLU()
         self.se = SEModule(planes)
         self.width = width
@@ -131,8 +188,9 @@ class PreEmphasis(nn.Module):
         self.register_buffer('flipped_filter', torch.tensor([[[-coef, 1.0]]]))
 
     def forward(self, input):
-        padded = F.pad(input.unsqueeze(1), (1, 0), 'reflect')
-        return F.conv1d(padded, self.flipped_filter).squeeze(1)
+        # Not a convolution, which a GPU may round to the 10 bits of TF32.
+        before = F.pad(input, (1, 0), 'reflect')[:, :-1]
+        return input * self.flipped_filter[0, 0, 1] + before * self.flipped_filter[0, 0, 0]
 
 
 class FbankAug(nn.Module):
@@ -173,7 +231,7 @@ class ECAPA_TDNN(nn.Module):
                 sample_rate=16000,
                 n_fft=512,
                 win_length=400,
-                hop_length=160,
+                hop_length=HOP,
                 f_min=20,
                 f_max=7600,
                 window_fn=torch.hamming_window,
@@ -183,7 +241,7 @@ class ECAPA_TDNN(nn.Module):
         self.specaug = FbankAug()
         self.conv1 = nn.Conv1d(80, C, kernel_size=5, stride=1, padding=2)
         self.relu = nn.ReLU()
-        self.bn1 = nn.BatchNorm1d(C)
+        self.bn1 = BatchNorm(C)
         self.layer1 = Bottle2neck(C, C, kernel_size=3, dilation=2, scale=8)
         self.layer2 = Bottle2neck(C, C, kernel_size=3, dilation=3, scale=8)
         self.layer3 = Bottle2neck(C, C, kernel_size=3, dilation=4, scale=8)
@@ -191,13 +249,13 @@ class ECAPA_TDNN(nn.Module):
         self.attention = nn.Sequential(
             nn.Conv1d(4608, 256, kernel_size=1),
             nn.ReLU(),
-            nn.BatchNorm1d(256),
+            BatchNorm(256),
             nn.Tanh(),
             nn.Conv1d(256, 1536, kernel_size=1),
         )
-        self.bn5 = nn.BatchNorm1d(3072)
+        self.bn5 = BatchNorm(3072)
         self.fc6 = nn.Linear(3072, 192)
-        self.bn6 = nn.BatchNorm1d(192)
+        self.bn6 = BatchNorm(192)
 
     def forward(self, x, aug):
         """x: (B, samples) waveforms at 16 kHz in [-1, 1]; aug: whether to mask (SpecAugment).
@@ -207,11 +265,20 @@ class ECAPA_TDNN(nn.Module):
         return self.encode(self.features(x, aug))
 
     @torch.no_grad()
-    def features(self, x, aug=False):
+    def features(self, x, aug=False, size=2**16):
         """Log-mel spectrogram (B, 80, 1 + samples // 160) of (B, samples), each band's mean over time removed; masked
         at random if aug.
+
+        size: frames computed at a time, as the spectrum takes 25 times the memory of the waveform.
         """
-        x = (self.torchfbank(x) + 1e-6).log()
+        emphasis, mel = self.torchfbank
+        x, parts = emphasis(x), []
+        # Two frames more to either side keep the reflection at the ends of a part out of it.
+        for start in range(0, 1 + x.shape[1] // HOP, size):
+            first = max(0, start - 2)
+            part = mel(x[:, first * HOP : (start + size + 2) * HOP])[:, :, start - first :][:, :, :size]
+            parts.append((part + 1e-6).log())
+        x = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
         x = x - x.mean(dim=-1, keepdim=True)
         return self.specaug(x) if aug else x
 

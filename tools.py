@@ -42,12 +42,6 @@ def sum_over_processes(tensor):
     return tensor
 
 
-def copy_from_first(tensor):
-    """Overwrites the tensor with that of the first of the processes that train together."""
-    if process_count() > 1:
-        dist.broadcast(tensor, 0)
-
-
 def available_cpus():
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1

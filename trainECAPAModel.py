@@ -42,6 +42,7 @@ from tools import (
     available_cpus,
     digest,
     exit_on_bad_input,
+    gather,
     init_args,
     make_folder,
     only_run_in,
@@ -161,16 +162,24 @@ def join_processes(args):
     """Joins the processes that torchrun started, each on a GPU of its own where there are GPUs."""
     if 'TORCHELASTIC_RUN_ID' not in os.environ:
         return
-    if args.device in ('auto', 'cuda') and torch.cuda.is_available():
-        args.device = f'cuda:{os.environ["LOCAL_RANK"]}'
-        torch.cuda.set_device(args.device)
-    store, rank, size = next(dist.rendezvous('env://'))
-    # The store outlives a restart: without a prefix, a process may find the address of the one that was killed.
-    store = dist.PrefixStore(f'restart {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
-    backend = 'nccl' if args.device.startswith('cuda') else 'gloo'
-    # The others wait while the first goes through the files, an hour for all of VoxCeleb2; NCCL gives up after minutes.
+    if args.device not in ('auto', 'cuda', 'cpu'):
+        raise BadInput(
+            f'--device {args.device}: under torchrun every process takes a GPU of its own; leave --device out'
+        )
+    gpu = None
+    if args.device != 'cpu' and torch.cuda.is_available():
+        gpu, count = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
+        if gpu >= count:
+            raise BadInput(f'torchrun: this machine has {count} GPUs, so --nproc_per_node must be at most {count}')
+        torch.cuda.set_device(gpu)
+    # The others wait while the first goes through the files, which takes an hour for all of VoxCeleb2.
     patience = datetime.timedelta(hours=3)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+    store, rank, size = next(dist.rendezvous('env://', timeout=patience))
+    # torchrun's own store outlives a restart: without a prefix, a process may find the address of one that was killed.
+    if os.environ['TORCHELASTIC_USE_AGENT_STORE'] == 'True':
+        store = dist.PrefixStore(f'restart {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
+    where = {'backend': 'gloo'} if gpu is None else {'backend': 'nccl', 'device_id': torch.device('cuda', gpu)}
+    dist.init_process_group(store=store, rank=rank, world_size=size, timeout=patience, **where)
 
 
 @contextlib.contextmanager
@@ -541,6 +550,12 @@ def run(system, loader, args):
     dataset = loader.dataset
     now = identity(system, dataset, args)
     done, scores = start(system, args, now)
+    epochs = sorted(set(gather([done['epoch']])))
+    if len(epochs) > 1:
+        raise BadInput(
+            f'--save_path {args.save_path}: the processes see other checkpoints, after epochs {epochs}; it must '
+            'be one folder that all machines share'
+        )
     if process_rank() == 0:
         # Not before: a run whose options are refused must not remove anything.
         prune(args.model_save_path, args.keep)
@@ -632,8 +647,10 @@ def sentences_for_people(args):
 # What PyTorch's errors say where memory is too small, and what to do.
 DEATHS = {
     'out of memory': 'The GPU has too little memory: use a smaller --batch_size, or --accumulate.',
+    'ALLOC_FAILED': 'The GPU has too little memory: use a smaller --batch_size, or --accumulate.',
     "can't allocate memory": 'This machine has too little memory: use a smaller --batch_size, or --accumulate.',
-    'DataLoader worker': 'A loading process was killed, most likely for want of memory: use a smaller --n_cpu.',
+    'DataLoader worker': 'A loading process was killed, most likely for want of memory: use a smaller --n_cpu or, in a '
+    'container, more shared memory (docker run --shm-size 8g).',
 }
 
 

@@ -35,24 +35,29 @@ def in_two_processes(options, folder):
 
 
 def part_of_training(options):
-    """Indices of an epoch, gradients of its first batch without batch norm statistics, and weights after two steps."""
+    """Indices of an epoch; gradients of its first batch, with stored batch norm statistics and with its own; these; and
+    weights after two steps.
+    """
     dataset = train_loader(**options, num_frames=20, seed=1)
     loader = make_batches(dataset, batch_size=6, n_cpu=0)
     indices = [[index for _, index in batch] for batch in loader.batch_sampler]
     torch.manual_seed(1)
     system = ECAPAModel(lr=0.001, lr_decay=0.97, C=8, n_class=4, m=0.2, s=30, test_step=1, device='cpu')
     system.speaker_encoder.specaug = torch.nn.Identity()
-    system.eval()
     audio, labels = next(iter(loader))
-    system.replicas[0](audio, labels)[0].backward()
-    gradients = {name: p.grad.clone() for name, p in system.named_parameters()}
-    system.train()
+    gradients = {}
+    for mode in ('stored', 'own'):
+        system.train(mode == 'own').zero_grad()
+        system.replicas[0](audio, labels)[0].backward()
+        gradients[mode] = {name: p.grad.clone() for name, p in system.named_parameters()}
+    statistics = {name: buffer.clone() for name, buffer in system.named_buffers()}
     for audio, labels in loader:
         system.train_step(audio, labels)
     embeddings = system.embed_files([dataset.path(i) for i in range(5)])
     return {
         'indices': indices,
         'gradients': gradients,
+        'statistics': statistics,
         'weights': system.state_dict(),
         'embeddings': torch.from_numpy(embeddings),
     }
@@ -67,11 +72,15 @@ def test_two_processes_share_an_epoch_and_agree(tree, tmp_path):
     alone = part_of_training(tree)
     assert len(alone['indices']) == 2
     assert [a + b for a, b in zip(first['indices'], second['indices'])] == alone['indices']
-    for name, gradient in alone['gradients'].items():
-        assert torch.equal(first['gradients'][name], second['gradients'][name])
+    for name, gradient in alone['gradients']['stored'].items():
+        assert torch.equal(first['gradients']['stored'][name], second['gradients']['stored'][name])
         scale = gradient.abs().max().item()
-        np.testing.assert_allclose(first['gradients'][name], gradient, atol=1e-4 * scale + 1e-7, err_msg=name)
-    assert all(torch.equal(first['weights'][p], second['weights'][p]) for p in alone['gradients'])
+        np.testing.assert_allclose(first['gradients']['stored'][name], gradient, atol=1e-4 * scale + 1e-7, err_msg=name)
+    together, expected = (torch.cat([p.flatten() for p in run['gradients']['own'].values()]) for run in (first, alone))
+    assert (together - expected).norm() < 1e-4 * expected.norm()
+    for name, statistic in alone['statistics'].items():
+        np.testing.assert_allclose(first['statistics'][name], statistic, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert all(torch.equal(tensor, second['weights'][name]) for name, tensor in first['weights'].items())
     assert torch.equal(first['embeddings'], second['embeddings'])
     fresh = ECAPAModel(lr=0.001, lr_decay=0.97, C=8, n_class=4, m=0.2, s=30, test_step=1, device='cpu')
     fresh.load_state_dict(first['weights'])

@@ -101,7 +101,7 @@ PLACES = {
     'flushing': ('os.fsync', 9),
     'renaming': ('os.replace', 6),
     'renamed': ('tools.sync_folder', 6),
-    'evaluating': ('ECAPAModel.ECAPAModel.embed_batches', 4),
+    'evaluating': ('ECAPAModel.ECAPAModel.embed_window', 4),
     'any time': (None, None),
 }
 
