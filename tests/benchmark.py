@@ -222,11 +222,11 @@ def step_memory(side, device, C, batch_size):
     device = torch.device(device)
     # A step of a small model first: PyTorch loads part of itself then.
     make_step(side, device, 8)(*make_batch(device, 2))
-    idle = torch.cuda.memory_allocated() if device.type == 'cuda' else process_bytes('VmRSS')
+    idle = torch.cuda.memory_allocated(device) if device.type == 'cuda' else process_bytes('VmRSS')
     step, batch = make_step(side, device, C), make_batch(device, batch_size)
     for _ in range(2):
         step(*batch)
-    peak = torch.cuda.max_memory_allocated() if device.type == 'cuda' else process_bytes('VmHWM')
+    peak = torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else process_bytes('VmHWM')
     return peak - idle
 
 
@@ -259,7 +259,10 @@ def matmul_pace(device, dtype):
 
 
 def step_rows(options, folder):
-    """float32 at each size; at the last of them its memory, and bfloat16 and compilation against our float32."""
+    """float32 at each size; at the last of them its memory and bfloat16, on a GPU compiled too.
+
+    Of bfloat16, a GPU's rows compare with the plain step, a CPU's with our own float32.
+    """
     device = options.device
     batch_size = options.batch_size or (400 if device.type == 'cuda' else 4 if options.quick else 16)
     sizes = options.c or ([16] if options.quick else [128, 512, 1024])
@@ -284,11 +287,12 @@ def step_rows(options, folder):
         yield Row('step bfloat16', note='this CPU has no bfloat16')
         return
     peak = matmul_pace(device, torch.bfloat16)
-    for name in ('bfloat16', 'bfloat16, compiled') if device.type == 'cuda' else ('bfloat16',):
+    cuda = device.type == 'cuda'
+    for name in ('bfloat16', 'bfloat16, compiled') if cuda else ('bfloat16 ("plain" is our float32)',):
         step = make_step('ours', device, channels, 'bf16', compile='compiled' in name)
         step(*batch)
-        what = f'step {name}, C={channels} ("plain" is our float32)'
-        yield compare(what, 'utt/s', measure(ours), measure(step), least=2, work=(flops, peak))
+        slow = measure(plain if cuda else ours)
+        yield compare(f'step {name}, C={channels}', 'utt/s', slow, measure(step), least=2, work=(flops, peak))
 
 
 # precision: training in bfloat16 and in float32.
@@ -335,22 +339,29 @@ def precision_rows(options, folder):
 
 
 def pipeline_rows(options, folder):
-    """Training on 8 s files, with every processor loading; plain with as many."""
+    """Training on 8 s files, with every processor loading; on a GPU in bfloat16, compiled."""
     device = options.device
     cuda = device.type == 'cuda'
     size, C, utterances = (400, 1024, 4000) if cuda else (16, 64, 32)
     make_corpus(folder, utterances, minutes=3 if cuda else 1)
-    paths = [str(folder / name) for name in ('train.txt', 'train', 'musan', 'rirs')]
+    # Files are listed several times, so that every worker has many batches to make.
+    lines, lengths = (folder / 'train.txt').read_text(), {'plain': 3 if cuda else 1, 'ours': 20 if cuda else 1}
+    for side, times in lengths.items():
+        (folder / f'{side}.txt').write_text(lines * times)
+    paths = [str(folder / name) for name in ('train', 'musan', 'rirs')]
     workers = {'num_workers': default_n_cpu(), 'persistent_workers': True}
-    plain_batches = DataLoader(PlainDataset(*paths, 200), size, shuffle=True, drop_last=True, **workers)
-    batches = make_batches(train_loader(*paths, num_frames=200, seed=10), size, default_n_cpu())
+    plain_data = PlainDataset(str(folder / 'plain.txt'), *paths, 200)
+    plain_batches = DataLoader(plain_data, size, shuffle=True, drop_last=True, **workers)
+    dataset = train_loader(str(folder / 'ours.txt'), *paths, num_frames=200, seed=10)
+    batches = make_batches(dataset, size, default_n_cpu())
 
     def epoch(batches, step):
         for audio, labels in batches:
             step(audio.to(device, non_blocking=True), labels.to(device, non_blocking=True))
 
-    sides = (plain_batches, make_step('plain', device, C)), (batches, make_step('ours', device, C, compile=cuda))
-    plain, ours = (timed(partial(epoch, *side), utterances // size * size, device) for side in sides)
+    step = make_step('ours', device, C, 'bf16' if cuda and has_bfloat16(device) else 'fp32', compile=cuda)
+    plain = timed(partial(epoch, plain_batches, make_step('plain', device, C)), len(plain_batches) * size, device)
+    ours = timed(partial(epoch, batches, step), len(batches) * size, device)
     ours()  # starts the workers and, on a GPU, compiles
     yield compare(f'pipeline, C={C}, batch {size}, {default_n_cpu()} workers', 'utt/s', plain, ours, least=2)
 
@@ -358,18 +369,20 @@ def pipeline_rows(options, folder):
 # evaluation: from files to scores.
 
 
-def trial_list(folder, every):
-    """(trial list, folder of its files): all trials among every so many files of minivox, else generated ones."""
+def trial_list(folder, count):
+    """(trial list, folder of its files, how many): trials among about `count` files, of minivox if it has as many."""
     source = SHARED / 'minivox'
-    if source.is_dir():
+    if source.is_dir() and count <= 100:
+        every = 100 // count
         lines = [line.split() for line in (source / 'trials.txt').read_text().splitlines()]
         audio = source / 'eval'
     else:
-        rng, audio = np.random.default_rng(0), folder / 'eval'
-        names = [f'id{i // 10:05d}/video/{i % 10:05d}.wav' for i in range(100)]
+        rng, audio, every = np.random.default_rng(0), folder / 'eval', 1
+        names = [f'id{i % (count // 5):05d}/video/{i:05d}.wav' for i in range(count)]
         for name in names:
             write_wav(audio / name, speech_like(rng, rng.uniform(2, 20)))
-        lines = [(str(int(a[:7] == b[:7])), a, b) for a, b in itertools.combinations(names, 2)]
+        pairs = itertools.islice(itertools.combinations(names, 2), 0, None, 1 + count // 100)
+        lines = [(str(int(a[:7] == b[:7])), a, b) for a, b in pairs]
     kept = set(sorted({name for line in lines for name in line[1:]})[::every])
     lines = [' '.join(line) for line in lines if kept.issuperset(line[1:])]
     (folder / 'trials.txt').write_text('\n'.join(lines) + '\n')
@@ -377,14 +390,17 @@ def trial_list(folder, every):
 
 
 def evaluation_rows(options, folder):
-    """Scores of a trial list with C=128 and the same weights, trained ones where there are some."""
+    """Scores of a trial list with the same weights, trained ones where there are some; on a GPU at full size."""
     device = options.device
-    trials, audio, files = trial_list(folder, every=9 if options.quick else 1 if device.type == 'cuda' else 9)
-    system = ECAPAModel(0.001, 0.97, 128, 204, 0.2, 30, test_step=1, device=str(device))
+    cuda = device.type == 'cuda'
+    C, count = (1024, 2000) if cuda else (128, 12 if options.quick else 20)
+    trials, audio, files = trial_list(folder, count)
+    n_cpu = default_n_cpu() if cuda else 0
+    system = ECAPAModel(0.001, 0.97, C, 204, 0.2, 30, test_step=1, device=str(device), n_cpu=n_cpu)
     checkpoint = SHARED / 'golden' / 'ecapa_c128.model'
-    if checkpoint.is_file():
+    if checkpoint.is_file() and not cuda:
         system.load_parameters(str(checkpoint))
-    encoder = PlainECAPA(128).to(device)
+    encoder = PlainECAPA(C).to(device)
     encoder.load_state_dict(system.speaker_encoder.state_dict())
     scores = {}
 
@@ -396,7 +412,7 @@ def evaluation_rows(options, folder):
     def ours():
         scores['ours'] = system.score_trials(trials, audio)[0]
 
-    row = compare(f'evaluation, C=128, {files} files', 'files/s', timed(plain, files), timed(ours, files), least=2)
+    row = compare(f'evaluation, C={C}, {files} files', 'files/s', timed(plain, files), timed(ours, files), least=2)
     difference = np.abs(scores['ours'] - np.array(scores['plain'])).max()
     yield row._replace(note=f'largest difference of scores {difference:.1e}')
 

