@@ -95,8 +95,8 @@ class NormOfAll(torch.autograd.Function):
         scale = (variance + ctx.eps).rsqrt()
         slope = -scale * scale * weight * sums[0] / ctx.count
         offset = -scale * weight * sums[1] / ctx.count - slope * mean
-        slope, offset = (line.to(x.dtype).view(1, -1, *[1] * (x.ndim - 2)) for line in (slope, offset))
-        return grad_x + torch.addcmul(offset, x, slope), grad_weight, grad_bias, None
+        slope, offset = (line.view(1, -1, *[1] * (x.ndim - 2)) for line in (slope, offset))
+        return (grad_x + torch.addcmul(offset, x, slope)).to(x.dtype), grad_weight, grad_bias, None
 
 
 class BatchNorm(nn.BatchNorm1d):
