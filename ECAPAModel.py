@@ -99,8 +99,6 @@ class ECAPAModel(nn.Module):
         self.freeze_epochs = freeze_epochs
         self.warned = False
         self.on_gpu = self.device.type == 'cuda'
-        if self.on_gpu and self.device.index is not None:
-            torch.cuda.set_device(self.device)
         if precision == 'auto':
             precision = 'bf16' if self.on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else 'fp32'
         self.precision = precision
@@ -198,7 +196,7 @@ class ECAPAModel(nn.Module):
         if not self.on_gpu:
             return finite, None
         event = torch.cuda.Event(blocking=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return finite, event
 
     @staticmethod
@@ -291,15 +289,16 @@ class ECAPAModel(nn.Module):
         encoder, batch_frames = self.speaker_encoder, BATCH_FRAMES if self.on_gpu else CPU_BATCH_FRAMES
         items = [(index, encoder.features(audio[None])) for index, audio in window]
         items.sort(key=lambda item: item[1].shape[2], reverse=True)
+        step = SHAPE_STEP if self.on_gpu else 1
         while items:
-            longest = items[0][1].shape[2]
+            longest = -(-items[0][1].shape[2] // step) * step
             size = max(1, batch_frames // longest)
             batch, items = items[:size], items[size:]
             indices, features = zip(*batch)
             if longest > 2 * BATCH_FRAMES:
                 embedding = encoder.encode_long(features[0], BATCH_FRAMES)
             else:
-                embedding = encoder.encode(*self.pad(features))
+                embedding = encoder.encode(*self.pad(features, longest))
             embeddings[self.upload(indices), 0] = nn.functional.normalize(embedding)
         size = max(1, batch_frames // (5 * (1 + EVAL_CROP // HOP)))
         for start in range(0, len(window), size):
@@ -308,11 +307,9 @@ class ECAPAModel(nn.Module):
             crops = nn.functional.normalize(encoder.encode(encoder.features(crops)))
             embeddings[self.upload(indices), 1] = crops.view(len(audio), 5, -1).mean(dim=1)
 
-    def pad(self, features):
-        """(Features (B, 80, T), their lengths (B,) or None where all are T) of a list of (1, 80, frames)."""
+    def pad(self, features, longest):
+        """(Features (B, 80, longest), their lengths (B,) or None where all are `longest`) of a list of (1, 80, T)."""
         frames = [x.shape[2] for x in features]
-        step = SHAPE_STEP if self.on_gpu else 1
-        longest = -(-max(frames) // step) * step
         padded = torch.cat([nn.functional.pad(x, (0, longest - x.shape[2])) for x in features])
         return padded, None if min(frames) == longest else self.upload(frames)
 

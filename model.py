@@ -269,14 +269,14 @@ class ECAPA_TDNN(nn.Module):
         """Log-mel spectrogram (B, 80, 1 + samples // 160) of (B, samples), each band's mean over time removed; masked
         at random if aug.
 
-        size: frames computed at a time, as the spectrum takes 25 times the memory of the waveform.
+        size: frames computed at a time, as computing a spectrum takes several times the memory of the waveform.
         """
         emphasis, mel = self.torchfbank
         x, parts = emphasis(x), []
-        # Two frames more to either side keep the reflection at the ends of a part out of it.
+        # Two hops more to either side keep the reflection at the ends of a part out of it.
         for start in range(0, 1 + x.shape[1] // HOP, size):
             first = max(0, start - 2)
-            part = mel(x[:, first * HOP : (start + size + 2) * HOP])[:, :, start - first :][:, :, :size]
+            part = mel(x[:, first * HOP : (start + size + 1) * HOP])[:, :, start - first :][:, :, :size]
             parts.append((part + 1e-6).log())
         x = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
         x = x - x.mean(dim=-1, keepdim=True)

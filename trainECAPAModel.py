@@ -33,7 +33,17 @@ from dataLoader import (
     require,
     train_loader,
 )
-from ECAPAModel import Diverged, ECAPAModel, checkpoint_sizes, load_model, prune, read_checkpoint, saved_models, summary
+from ECAPAModel import (
+    Diverged,
+    ECAPAModel,
+    checkpoint_sizes,
+    choose_device,
+    load_model,
+    prune,
+    read_checkpoint,
+    saved_models,
+    summary,
+)
 from tools import (
     FIGURES,
     SCORE_LINE,
@@ -159,18 +169,28 @@ def default_n_cpu():
 
 
 def join_processes(args):
-    """Joins the processes that torchrun started, each on a GPU of its own where there are GPUs."""
+    """Joins the processes that torchrun started, each on a GPU of its own where there are GPUs.
+
+    Raises BadInput, in the first process of a machine, where that cannot be.
+    """
+    numbered = args.device.startswith('cuda:')
     if 'TORCHELASTIC_RUN_ID' not in os.environ:
+        if numbered:
+            # Otherwise PyTorch puts some of its own things on the first GPU.
+            torch.cuda.set_device(choose_device(args.device))
         return
-    if args.device not in ('auto', 'cuda', 'cpu'):
-        raise BadInput(
-            f'--device {args.device}: under torchrun every process takes a GPU of its own; leave --device out'
-        )
-    gpu = None
-    if args.device != 'cpu' and torch.cuda.is_available():
+    gpu, refusal = None, ''
+    if numbered:
+        refusal = f'--device {args.device}: under torchrun every process takes a GPU of its own; leave --device out'
+    elif args.device != 'cpu' and torch.cuda.is_available():
         gpu, count = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
-        if gpu >= count:
-            raise BadInput(f'torchrun: this machine has {count} GPUs, so --nproc_per_node must be at most {count}')
+        if int(os.environ['LOCAL_WORLD_SIZE']) > count:
+            refusal = f'torchrun: this machine has {count} GPUs, so --nproc_per_node must be at most {count}'
+    if refusal and os.environ['LOCAL_RANK'] == '0':
+        raise BadInput(refusal)
+    if refusal:
+        sys.exit(2)
+    if gpu is not None:
         torch.cuda.set_device(gpu)
     # The others wait while the first goes through the files, which takes an hour for all of VoxCeleb2.
     patience = datetime.timedelta(hours=3)
@@ -551,11 +571,12 @@ def run(system, loader, args):
     now = identity(system, dataset, args)
     done, scores = start(system, args, now)
     epochs = sorted(set(gather([done['epoch']])))
-    if len(epochs) > 1:
-        raise BadInput(
-            f'--save_path {args.save_path}: the processes see other checkpoints, after epochs {epochs}; it must '
-            'be one folder that all machines share'
-        )
+    with first_process_first():
+        if len(epochs) > 1:
+            raise BadInput(
+                f'--save_path {args.save_path}: the processes see different checkpoints, after epochs {epochs}; it '
+                'must be one folder that all machines share'
+            )
     if process_rank() == 0:
         # Not before: a run whose options are refused must not remove anything.
         prune(args.model_save_path, args.keep)

@@ -81,16 +81,17 @@ def compare(what, unit, slow, fast, least=3, work=None, **cells):
     least: fewest turns; work: (operations per item, function that returns the seconds of one in a matrix product, which
     then takes its turn too), for a note.
     """
+    operations, pace = work or (0, lambda: 0)
     turns, begin = [], time.perf_counter()
     while len(turns) < least or (len(turns) < 7 and time.perf_counter() - begin < 4):
-        turns.append((slow(), fast(), work[1]() if work else 0))
-    slow, fast, product = np.array(turns).T
+        turns.append((slow(), fast(), pace()))
+    plain, ours, product = np.array(turns).T
     if work:
-        share = 100 * np.median(work[0] * product / fast)
+        share = 100 * np.median(operations * product / ours)
         peak = quantity(1e-9 / np.median(product))
         cells['note'] = f'ours at {share:.0f}% of the matmul peak, {peak} GFLOP/s'
-    rates = (f'{quantity(1 / np.median(side))} {unit}' for side in (fast, slow))
-    return Row(what, *rates, f'{np.median(slow / fast):.2f}', **cells)
+    rates = (f'{quantity(1 / np.median(side))} {unit}' for side in (ours, plain))
+    return Row(what, *rates, f'{np.median(plain / ours):.2f}', **cells)
 
 
 def quantity(x):
@@ -237,7 +238,7 @@ def has_bfloat16(device):
     return any(flag in cpu_info() for flag in ('avx512_bf16', 'amx_bf16', ' bf16'))
 
 
-def product(a, b):
+def multiply(a, b):
     """a @ b, on a GPU in TF32, as in the convolutions, which are the bulk of a step."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -250,7 +251,7 @@ def matmul_pace(device, dtype):
     sizes = (4096, 8192, 16384) if device.type == 'cuda' else (512, 1024, 2048)
     paces = {}
     for size in sizes:
-        work = partial(product, *torch.randn(2, size, size, device=device, dtype=dtype)), 2 * size**3, device
+        work = partial(multiply, *torch.randn(2, size, size, device=device, dtype=dtype)), 2 * size**3, device
         once = timed(*work)
         fastest = min(once() for _ in range(4))
         # Half a second at a time, long enough for a mean over what else the machine does.
@@ -372,18 +373,17 @@ def pipeline_rows(options, folder):
 def trial_list(folder, count):
     """(trial list, folder of its files, how many): trials among about `count` files, of minivox if it has as many."""
     source = SHARED / 'minivox'
-    if source.is_dir() and count <= 100:
-        every = 100 // count
+    if source.is_dir():
         lines = [line.split() for line in (source / 'trials.txt').read_text().splitlines()]
-        audio = source / 'eval'
-    else:
-        rng, audio, every = np.random.default_rng(0), folder / 'eval', 1
+        names, audio = sorted({name for line in lines for name in line[1:]}), source / 'eval'
+    if not source.is_dir() or len(names) < count:
+        rng, audio = np.random.default_rng(0), folder / 'eval'
         names = [f'id{i % (count // 5):05d}/video/{i:05d}.wav' for i in range(count)]
         for name in names:
             write_wav(audio / name, speech_like(rng, rng.uniform(2, 20)))
         pairs = itertools.islice(itertools.combinations(names, 2), 0, None, 1 + count // 100)
         lines = [(str(int(a[:7] == b[:7])), a, b) for a, b in pairs]
-    kept = set(sorted({name for line in lines for name in line[1:]})[::every])
+    kept = set(names[:: len(names) // count])
     lines = [' '.join(line) for line in lines if kept.issuperset(line[1:])]
     (folder / 'trials.txt').write_text('\n'.join(lines) + '\n')
     return str(folder / 'trials.txt'), str(audio), len(kept)
@@ -524,17 +524,19 @@ SECTIONS = {
 def main():
     """Prints a line for each row as it comes, and all of them as a table."""
     parser = argparse.ArgumentParser(description='Measure the modules against plain implementations.')
-    parser.add_argument('sections', nargs='*', default='all', choices=[*SECTIONS, 'all'], help='what to measure')
+    parser.add_argument('sections', nargs='*', help=f'of {", ".join(SECTIONS)} (default: all but precision)')
     parser.add_argument('--device', type=choose_device, default='auto', help='as in trainECAPAModel.py')
     parser.add_argument('--quick', action='store_true', help='small sizes: to see that it runs, not to measure')
-    parser.add_argument('--c', type=int, nargs='+', help='channels of the step (default: 128 512 1024)')
+    parser.add_argument('--c', type=int, nargs='+', help='channels of the step (128 512 1024), of precision (64)')
     parser.add_argument('--batch_size', type=int, help='of the step (default: 16, on a GPU 400)')
     options = parser.parse_args()
+    unknown = set(options.sections).difference(SECTIONS)
+    if unknown:
+        parser.error(f'no such section: {", ".join(unknown)}')
     print(machine(options.device), flush=True)
     rows = [Row('what', 'ours', 'plain', 'ratio', 'memory, ours / plain', '')]
     begin = time.perf_counter()
-    # Not the last, which is no speed and takes minutes of its own.
-    for name in list(SECTIONS)[:-1] if 'all' in options.sections else options.sections:
+    for name in options.sections or [name for name in SECTIONS if name != 'precision']:
         with tempfile.TemporaryDirectory() as folder:
             for row in SECTIONS[name](options, Path(folder)):
                 print('; '.join(cell for cell in row if cell), flush=True)

@@ -111,8 +111,15 @@ def test_evaluation_equals_one_file_at_a_time(tree, monkeypatch, as_on_gpu):
     files, labels, pairs = read_trials(tree['eval_list'])
     paths = [os.path.join(tree['eval_path'], name) for name in files]
     torch.manual_seed(2)
-    system = make_system(n_cpu=2)
-    if as_on_gpu:  # with its batches, whose lengths are rounded up
+    system, shapes = make_system(n_cpu=2), set()
+    encode = system.speaker_encoder.encode
+
+    def watched(features, frames=None):
+        shapes.add(features.shape)
+        return encode(features, frames)
+
+    system.speaker_encoder.encode = watched
+    if as_on_gpu:
         monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda tensor: tensor)
         system.on_gpu = True
     encoder = plain.PlainECAPA(16)
@@ -122,6 +129,10 @@ def test_evaluation_equals_one_file_at_a_time(tree, monkeypatch, as_on_gpu):
     embeddings = plain.plain_embed(encoder.eval(), paths)
     expected = plain.plain_scores(embeddings, [(paths[a], paths[b]) for a, b in pairs])
     np.testing.assert_allclose(scores, expected, atol=1e-5)
+    whole = [(size, frames) for size, _, frames in shapes if frames != 302]  # that of the crops
+    assert max(size for size, _ in whole) > 1
+    assert all(size * frames <= 1000 or size == 1 for size, frames in whole)
+    assert all(frames % 64 == 0 for _, frames in whole) or not as_on_gpu
 
 
 def test_scores_of_many_pairs():
@@ -261,7 +272,9 @@ def test_the_body_of_the_encoder_is_one_graph():
 
 
 def test_a_step_reads_nothing_back():
-    """A GPU would have to be waited for. Fake tensors hold no numbers, so that reading one raises."""
+    """A GPU would have to be waited for. Fake tensors hold no numbers, so that reading one raises; test_gpu.py knows of
+    copies, too.
+    """
     system = make_system(precision='bf16', accumulate=2).train()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         audio, labels = mode.from_tensor(torch.randn(4, 16240)), mode.from_tensor(torch.tensor([3, 1, 19, 7]))

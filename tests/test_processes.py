@@ -1,8 +1,10 @@
 """Two processes train as one does: same epoch, same gradients, same evaluation, files written once."""
 
+import datetime
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import trainECAPAModel
 from dataLoader import make_batches, train_loader
 from ECAPAModel import ECAPAModel, read_checkpoint
 from tools import BadInput, process_rank, read_scores
+from trainECAPAModel import join_processes
 
 ROOT = Path(__file__).parents[1]
 SMALL = {'C': 8, 'num_frames': 20, 'batch_size': 4, 'n_cpu': 1, 'max_epoch': 2, 'device': 'cpu'}
@@ -156,12 +159,46 @@ def test_machines_that_do_not_share_the_folder_are_told(tree, monkeypatch, capsy
     assert not os.listdir(Path(tree['save_path'], 'model'))
 
 
-def test_a_gpu_is_not_shared(monkeypatch, capsys):
-    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'job')
+@pytest.fixture
+def launched(monkeypatch):
+    """An environment as that of the second of two processes of torchrun, on a machine with two GPUs; a dict that is
+    filled with what the processes are joined with.
+    """
+    environment = {'RUN_ID': 'job', 'RESTART_COUNT': '3', 'USE_AGENT_STORE': 'True'}
+    for name, value in environment.items():
+        monkeypatch.setenv(f'TORCHELASTIC_{name}', value)
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+    monkeypatch.setattr('torch.cuda.is_available', lambda: True)
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 2)
+    monkeypatch.setattr('torch.cuda.set_device', lambda gpu: None)
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr('torch.distributed.rendezvous', lambda url, timeout: iter([(store, 1, 2)]))
+    joined = {}
+    monkeypatch.setattr('torch.distributed.init_process_group', lambda **options: joined.update(options))
+    return joined
+
+
+def test_each_process_takes_its_gpu_and_each_restart_its_own_keys(launched, monkeypatch):
+    join_processes(Namespace(device='auto'))
+    assert (launched['backend'], launched['device_id']) == ('nccl', torch.device('cuda', 1))
+    assert launched['timeout'] >= datetime.timedelta(hours=1)
+    launched['store'].set('address', 'of a process that is killed')
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '4')
+    join_processes(Namespace(device='auto'))
+    assert not launched['store'].check(['address'])
+
+
+@pytest.mark.parametrize('device, gpus, words', [('cuda:0', 2, '--device cuda:0'), ('auto', 1, '--nproc_per_node')])
+def test_a_gpu_is_not_shared(launched, monkeypatch, device, gpus, words):
+    monkeypatch.setattr('torch.cuda.device_count', lambda: gpus)
     with pytest.raises(SystemExit) as stop:
-        trainECAPAModel.main(['--device', 'cuda:0'])
-    assert stop.value.code == 2
-    assert '--device cuda:0: under torchrun' in capsys.readouterr().err
+        join_processes(Namespace(device=device))
+    assert stop.value.code == 2, 'the second process says nothing'
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    with pytest.raises(BadInput, match=words):
+        join_processes(Namespace(device=device))
+    assert not launched
 
 
 if __name__ == '__main__':

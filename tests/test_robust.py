@@ -469,3 +469,13 @@ if __name__ == '__main__':
     folder, kills, *pairs = sys.argv[1:]
     options = {name.removeprefix('--'): value for name, value in zip(pairs[::2], pairs[1::2])}
     killed_and_continued(options, folder, int(kills))
+
+
+@pytest.mark.parametrize('sign, remedy', trainECAPAModel.DEATHS.items())
+def test_too_little_memory_gets_a_sentence(capsys, sign, remedy):
+    args = trainECAPAModel.make_parser().parse_args([])
+    with pytest.raises(SystemExit) as stop, trainECAPAModel.sentences_for_people(args):
+        raise RuntimeError(f'Something about {sign}, at length')
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert sign in message and remedy in message
