@@ -71,6 +71,7 @@ class NormOfAll(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
+        """weight, bias: (channels,); eps: added to the variance. Every process must have as many utterances."""
         dims = [dim for dim in range(x.ndim) if dim != 1]
         own = torch.cat(torch.var_mean(x.float(), dim=dims, correction=0))
         parts = own.new_empty(dist.get_world_size() * len(own))
@@ -106,6 +107,7 @@ class BatchNorm(nn.BatchNorm1d):
     """
 
     def forward(self, input):
+        """input: (B, channels[, T]), normalised; in training, updates the running statistics."""
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(input)
         normalised, mean, variance = NormOfAll.apply(input, self.weight, self.bias, self.eps)
@@ -163,6 +165,7 @@ class Bottle2neck(nn.Module):
         self.width = width
 
     def forward(self, x, mask=None, mean=None):
+        """mask: (B, 1, T), 1 in the frames of an utterance and 0 in its padding; mean: as in SEModule."""
         residual = self.residual(x, mask)
         return torch.addcmul(x, residual, self.se.gate(residual, mask, mean))
 

@@ -101,43 +101,8 @@ def make_parser():
         fromfile_prefix_chars='@',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-
-    group = parser.add_argument_group('training')
-    add = group.add_argument
-    add('--num_frames', type=number(int, 1), default=200, help='length of a training crop, in frames of 10 ms')
-    add('--max_epoch', type=number(int, 1), default=80, help='last epoch')
-    add('--batch_size', type=number(int, 2), default=400, help='utterances in a step')
-    add('--n_cpu', type=number(int, 0), default=default_n_cpu(), help='processes that load data, for each GPU')
-    add('--test_step', type=number(int, 1), default=1, help='save, test and lower the rate every so many epochs')
-    add('--accumulate', type=number(int, 1), default=1, help='parts of a batch, one after another, to save memory')
-    add('--freeze_epochs', type=number(int, 0), default=0, help='first epochs that train the classifier alone')
-    add('--speed_perturb', action='store_true', help='add all speakers at 0.9 and 1.1 of their speed, as new speakers')
-    add('--lr', type=number(float, 0), default=0.001, help='learning rate of Adam')
-    add('--lr_decay', type=number(float, 0), default=0.97, help='factor on the learning rate every test_step epochs')
-    add('--seed', type=number(int, 0), default=10, help='seed of everything drawn at random')
-    add('--device', default='auto', help='auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, ...')
-    add(
-        '--precision',
-        choices=('auto', 'fp32', 'bf16'),
-        default='auto',
-        help='auto: bf16 on a GPU that has it, else fp32',
-    )
-    add('--compile', action='store_true', help='compile the encoder for training: minutes at the start, then faster')
-
-    group = parser.add_argument_group('data')
-    add = group.add_argument
-    add('--train_list', default='data/VoxCeleb2/train_list.txt', help='lines `speaker path`')
-    add('--train_path', default='data/VoxCeleb2/train/wav', help='folder of the paths in --train_list')
-    lists, folders = ['data/VoxCeleb1/veri_test2.txt'], ['data/VoxCeleb1/test/wav']
-    add('--eval_list', nargs='+', default=lists, help='trial lists, lines `label enrolment test`')
-    add('--eval_path', nargs='+', default=folders, help='folder of the paths in --eval_list: one, or one for each')
-    add('--musan_path', default='data/musan_split', help='MUSAN: noise/, speech/ and music/')
-    add('--rir_path', default='data/RIRS_NOISES/simulated_rirs', help='room impulse responses')
-    add('--save_path', default='exps/exp1', help='folder of the results: score.txt and model/')
-    add('--keep', type=number(int, 0), default=0, help='newest checkpoints to keep (0: all of them)')
-    add('--max_bad', type=number(float, 0, 100), default=1.0, help='percent of training files that may be unusable')
-    add('--force', action='store_true', help='continue a run although options that change its numbers differ')
-    add('--initial_model', default='', help='checkpoint to start from, or to score with --eval')
+    add_training_options(parser.add_argument_group('training').add_argument)
+    add_data_options(parser.add_argument_group('data').add_argument)
 
     group = parser.add_argument_group('model and loss')
     add = group.add_argument
@@ -161,6 +126,45 @@ def make_parser():
     )
     add('--verify', nargs=2, metavar=('A.wav', 'B.wav'), help='score two recordings')
     return parser
+
+
+def add_training_options(add):
+    """The options of the training itself, by add(name, ...) of their group."""
+    add('--num_frames', type=number(int, 1), default=200, help='length of a training crop, in frames of 10 ms')
+    add('--max_epoch', type=number(int, 1), default=80, help='last epoch')
+    add('--batch_size', type=number(int, 2), default=400, help='utterances in a step')
+    add('--n_cpu', type=number(int, 0), default=default_n_cpu(), help='processes that load data, for each GPU')
+    add('--test_step', type=number(int, 1), default=1, help='save, test and lower the rate every so many epochs')
+    add('--accumulate', type=number(int, 1), default=1, help='parts of a batch, one after another, to save memory')
+    add('--freeze_epochs', type=number(int, 0), default=0, help='first epochs that train the classifier alone')
+    add('--speed_perturb', action='store_true', help='add all speakers at 0.9 and 1.1 of their speed, as new speakers')
+    add('--lr', type=number(float, 0), default=0.001, help='learning rate of Adam')
+    add('--lr_decay', type=number(float, 0), default=0.97, help='factor on the learning rate every test_step epochs')
+    add('--seed', type=number(int, 0), default=10, help='seed of everything drawn at random')
+    add('--device', default='auto', help='auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, ...')
+    add(
+        '--precision',
+        choices=('auto', 'fp32', 'bf16'),
+        default='auto',
+        help='auto: bf16 on a GPU that has it, else fp32',
+    )
+    add('--compile', action='store_true', help='compile the encoder for training: minutes at the start, then faster')
+
+
+def add_data_options(add):
+    """The options that name files and folders, by add(name, ...) of their group."""
+    add('--train_list', default='data/VoxCeleb2/train_list.txt', help='lines `speaker path`')
+    add('--train_path', default='data/VoxCeleb2/train/wav', help='folder of the paths in --train_list')
+    lists, folders = ['data/VoxCeleb1/veri_test2.txt'], ['data/VoxCeleb1/test/wav']
+    add('--eval_list', nargs='+', default=lists, help='trial lists, lines `label enrolment test`')
+    add('--eval_path', nargs='+', default=folders, help='folder of the paths in --eval_list: one, or one for each')
+    add('--musan_path', default='data/musan_split', help='MUSAN: noise/, speech/ and music/')
+    add('--rir_path', default='data/RIRS_NOISES/simulated_rirs', help='room impulse responses')
+    add('--save_path', default='exps/exp1', help='folder of the results: score.txt and model/')
+    add('--keep', type=number(int, 0), default=0, help='newest checkpoints to keep (0: all of them)')
+    add('--max_bad', type=number(float, 0, 100), default=1.0, help='percent of training files that may be unusable')
+    add('--force', action='store_true', help='continue a run although options that change its numbers differ')
+    add('--initial_model', default='', help='checkpoint to start from, or to score with --eval')
 
 
 def default_n_cpu():

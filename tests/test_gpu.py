@@ -74,6 +74,7 @@ def test_nobody_waits_for_a_step(accumulate):
     finally:
         torch.cuda.set_sync_debug_mode('default')
     system.finish_check(1, 1, None, finite, event)
+    assert finite.device.type == 'cpu' and finite.item(), 'the copy is here once its event has passed'
 
 
 @pytest.mark.slow
