@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchaudio
 from torch import nn
+from torch.distributed.nn.functional import all_reduce
 
 HOP = 160  # samples, 10 ms
 
@@ -62,42 +63,30 @@ class WeightedMoments(torch.autograd.Function):
         return grad_x, slope.mul_(x).sub_(level).mul_(weights)
 
 
-class NormOfAll(torch.autograd.Function):
-    """Batch norm of x (B, channels[, T]) with the mean and biased variance (channels,) over all processes' x.
+def norm_of_all(x, weight, bias, eps=1e-5):
+    """Batch norm of x (B, channels[, T]) with the statistics of all processes that train together, one or more.
 
-    Returns (x normalised, mean, variance). Ioffe and Szegedy, Batch Normalization, ICML 2015, with every sum over the
-    batch being one over the processes too.
+    weight, bias: (channels,); eps: added to the variance. Every process must have as many utterances. Returns (x
+    normalised, mean, biased variance), the last two (channels,), without gradients. Ioffe and Szegedy, Batch
+    Normalization, ICML 2015, where every sum over the batch is one over the processes too.
     """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, eps):
-        """weight, bias: (channels,); eps: added to the variance. Every process must have as many utterances."""
-        dims = [dim for dim in range(x.ndim) if dim != 1]
-        own = torch.cat(torch.var_mean(x.float(), dim=dims, correction=0))
-        parts = own.new_empty(dist.get_world_size() * len(own))
-        dist.all_gather_into_tensor(parts, own)
-        variances, means = parts.view(-1, 2, x.shape[1]).unbind(dim=1)
-        mean = means.mean(dim=0)
-        # Not the mean square less the squared mean, whose difference loses the digits of a small variance.
-        variance = variances.mean(dim=0) + (means - mean).square().mean(dim=0)
-        ctx.eps, ctx.count = eps, x.numel() // x.shape[1] * len(means)
-        ctx.save_for_backward(x, weight, mean, variance)
-        ctx.mark_non_differentiable(mean, variance)
-        return F.batch_norm(x, mean, variance, weight, bias, eps=eps), mean, variance
-
-    @staticmethod
-    def backward(ctx, grad, *_):
-        x, weight, mean, variance = ctx.saved_tensors
-        # The gradients with mean and variance held fixed; what goes through these two is a straight line in x.
-        fixed = grad, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
-        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(*fixed)
-        sums = torch.stack([grad_weight, grad_bias])
-        dist.all_reduce(sums)
-        scale = (variance + ctx.eps).rsqrt()
-        slope = -scale * scale * weight * sums[0] / ctx.count
-        offset = -scale * weight * sums[1] / ctx.count - slope * mean
-        slope, offset = (line.view(1, -1, *[1] * (x.ndim - 2)) for line in (slope, offset))
-        return (grad_x + torch.addcmul(offset, x, slope)).to(x.dtype), grad_weight, grad_bias, None
+    dims, shape = [dim for dim in range(x.ndim) if dim != 1], (1, -1, *[1] * (x.ndim - 2))
+    # Less a constant near their mean, which cancels out: the difference of large numbers would lose the digits of a
+    # small variance.
+    centre = x.detach().float().mean(dims)
+    centred = x.float() - centre.view(shape)
+    own = torch.stack([centre, centred.mean(dims), centred.square().mean(dims)])
+    places = torch.zeros(dist.get_world_size(), *own.shape, device=x.device)
+    places[dist.get_rank()] = own
+    # A sum in which each process has a place of its own hands everything to everyone, and so does its gradient.
+    centres, means, squares = all_reduce(places).unbind(dim=1)
+    # Counted from the first one's centre, so that all processes round alike.
+    means, squares = centres - centres[0] + means, squares - means.square()
+    mean = means.mean(dim=0)
+    variance = squares.mean(dim=0) + (means - mean).square().mean(dim=0)
+    scale = (variance + eps).rsqrt() * weight
+    normalised = (centred - (mean + (centres[0] - centre)).view(shape)) * scale.view(shape) + bias.view(shape)
+    return normalised.to(x.dtype), (centres[0] + mean).detach(), variance.detach()
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -110,7 +99,7 @@ class BatchNorm(nn.BatchNorm1d):
         """input: (B, channels[, T]), normalised; in training, updates the running statistics."""
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(input)
-        normalised, mean, variance = NormOfAll.apply(input, self.weight, self.bias, self.eps)
+        normalised, mean, variance = norm_of_all(input, self.weight, self.bias, self.eps)
         count = input.numel() // input.shape[1] * dist.get_world_size()
         self.num_batches_tracked.add_(1)
         self.running_mean.lerp_(mean, self.momentum)

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import command_line, portable_system, wave, write_wav
+from conftest import command_line, norm_errors, portable_system, wave, write_wav
 
 import trainECAPAModel
 from ECAPAModel import load_model
@@ -75,6 +75,17 @@ def test_nobody_waits_for_a_step(accumulate):
         torch.cuda.set_sync_debug_mode('default')
     system.finish_check(1, 1, None, finite, event)
     assert finite.device.type == 'cpu' and finite.item(), 'the copy is here once its event has passed'
+
+
+def test_the_batch_norm_of_several_processes():
+    """One process that NCCL joins runs the kernels that several do."""
+    store = torch.distributed.HashStore()
+    device = torch.device('cuda', torch.cuda.current_device())
+    torch.distributed.init_process_group('nccl', store=store, rank=0, world_size=1, device_id=device)
+    try:
+        assert max(norm_errors(device)) < 1e-5
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import command_line
+from conftest import command_line, norm_errors
 
 import trainECAPAModel
 from dataLoader import make_batches, train_loader
@@ -33,7 +33,7 @@ def torchrun(script, *arguments, restarts=0, cwd):
 def in_two_processes(options, folder):
     """What each process saves in `folder`; runs under torchrun, at the end of this file."""
     torch.distributed.init_process_group('gloo')
-    torch.save(part_of_training(options), f'{folder}/{process_rank()}.pt')
+    torch.save({**part_of_training(options), 'norm_errors': norm_errors()}, f'{folder}/{process_rank()}.pt')
     torch.distributed.destroy_process_group()
 
 
@@ -72,6 +72,7 @@ def test_two_processes_share_an_epoch_and_agree(tree, tmp_path):
     done = torchrun(__file__, str(tmp_path), *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f'{rank}.pt') for rank in (0, 1))
+    assert max(first['norm_errors'] + second['norm_errors']) < 1e-5
     alone = part_of_training(tree)
     assert len(alone['indices']) == 2
     assert [a + b for a, b in zip(first['indices'], second['indices'])] == alone['indices']
