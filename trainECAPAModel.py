@@ -302,25 +302,31 @@ def evaluate(args):
 
 
 def write_results(args, results):
-    """Writes SAVE_PATH/results.json, scores/LIST.txt (`label score [normalised] enrolment test`) and DET curves."""
+    """Writes SAVE_PATH/results.json, and for each list scores/LIST.txt (`label score [normalised] enrolment test`) and
+    a DET curve. What an earlier --eval wrote for other lists stays; of two lists of one name, the second's files get a
+    number.
+    """
     make_folder(os.path.join(args.save_path, 'scores'), '--save_path')
-    lists = {}
+    record = read_results(args.save_path)
+    lists = record.get('lists', {})
+    for earlier in lists.values():
+        earlier.setdefault('checkpoint', record.get('checkpoint'))
+    checkpoint = {'path': args.initial_model, 'sha256': digest(args.initial_model)}
     for name, labels, scores in results:
-        stem = os.path.splitext(os.path.basename(name))[0]
-        path = os.path.join(args.save_path, 'scores', f'{stem}.txt')
+        path = scores_path(args.save_path, name, lists)
         columns = zip(*[[f'{score:.6f}' for score in kind] for kind in scores.values()])
         with open(name, encoding='utf-8', errors='surrogateescape') as lines:
             trials = [line.split() for line in lines if line.strip()]
         rows = (' '.join([trial[0], *column, *trial[1:]]) + '\n' for trial, column in zip(trials, columns))
         write_text(path, ''.join(rows))
+        stem = os.path.splitext(os.path.basename(path))[0]
         plot_det(os.path.join(args.save_path, f'det_{stem}.png'), labels, scores)
         points = {
             kind: {figure: {'value': value, 'threshold': threshold} for figure, (value, threshold) in points.items()}
             for kind, points in ((kind, operating_points(values, labels)) for kind, values in scores.items())
         }
         counts = {'trials': len(labels), 'targets': int(labels.sum())}
-        lists[name] = {**counts, **points, 'sha256': digest(name), 'scores': path}
-    checkpoint = {'path': args.initial_model, 'sha256': digest(args.initial_model)}
+        lists[name] = {**counts, **points, 'sha256': digest(name), 'scores': path, 'checkpoint': checkpoint}
     record = {
         'checkpoint': checkpoint,
         'lists': lists,
@@ -329,6 +335,30 @@ def write_results(args, results):
         'versions': versions(),
     }
     write_text(os.path.join(args.save_path, 'results.json'), json.dumps(record, indent=2) + '\n')
+
+
+def read_results(folder):
+    """What a folder's results.json holds, {} where there is none; BadInput where it is something else."""
+    path = os.path.join(folder, 'results.json')
+    if not os.path.exists(path):
+        return {}
+    try:
+        with open(path, encoding='utf-8') as file:
+            record = json.load(file)
+        if all(isinstance(entry['scores'], str) for entry in record['lists'].values()):
+            return record
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise BadInput(f'{path}: not what --eval writes; move it away')
+
+
+def scores_path(folder, name, lists):
+    """Where the scores of a trial list go: where they were, or scores/LIST.txt unless another list's are there."""
+    taken = {other: os.path.basename(entry['scores']) for other, entry in lists.items()}
+    stem = os.path.splitext(os.path.basename(name))[0]
+    names = itertools.chain([f'{stem}.txt'], (f'{stem}_{number}.txt' for number in itertools.count(2)))
+    chosen = taken.get(name) or next(file for file in names if file not in taken.values())
+    return os.path.join(folder, 'scores', chosen)
 
 
 def versions():
@@ -373,14 +403,12 @@ def verify(args):
     score = score_pairs(system.embed_files(args.verify, any_format=True), np.array([[0, 1]]))[0]
     say(f'score {score:.4f}')
     folders = [args.save_path, os.path.dirname(os.path.dirname(os.path.abspath(args.initial_model)))]
-    for path in (os.path.join(folder, 'results.json') for folder in folders):
-        try:
-            with open(path, encoding='utf-8') as file:
-                record = json.load(file)
-            ours = record['checkpoint']['sha256'] == digest(args.initial_model)
-            thresholds = {name: figures['raw']['EER']['threshold'] for name, figures in record['lists'].items() if ours}
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
+    for record in map(read_results, folders):
+        thresholds = {
+            name: entry['raw']['EER']['threshold']
+            for name, entry in record.get('lists', {}).items()
+            if entry.get('checkpoint', record.get('checkpoint'))['sha256'] == digest(args.initial_model)
+        }
         for name, threshold in thresholds.items():
             decision = 'the same speaker' if score > threshold else 'different speakers'
             say(f'{decision}, at the EER threshold of {name}, {threshold:.4f}; other recordings have another one')

@@ -155,6 +155,38 @@ def test_results_say_what_they_are(tree, model):
     assert record['seed'] == 10 and record['options']['eval_list'] == [tree['eval_list']]
 
 
+def test_every_list_keeps_its_results(tree, model, tmp_path, capsys):
+    """Two lists of one name in one command, and a third of that name, of another model, in a later one."""
+    lines, names = Path(tree['eval_list']).read_text().splitlines(keepends=True), []
+    for number in range(3):
+        names.append(str(tmp_path / str(number) / 'trials.txt'))
+        Path(names[-1]).parent.mkdir()
+        Path(names[-1]).write_text(''.join(lines[number:60:2]))
+    options = eval_options(tree, model)
+    del options['eval_list']
+    run('--eval', '--eval_list', *names[:2], **options)
+    first = json.loads(Path(tree['save_path'], 'results.json').read_text())['lists']
+    contents = {name: Path(first[name]['scores']).read_text() for name in names[:2]}
+    other = str(tmp_path / 'other.model')
+    torch.manual_seed(2)
+    ECAPAModel(0.001, 0.97, 8, 4, 0.2, 30, test_step=1, device='cpu').save_parameters(other)
+    run('--eval', '--eval_list', names[2], **{**options, 'initial_model': other})
+    found = json.loads(Path(tree['save_path'], 'results.json').read_text())['lists']
+    assert list(found) == names and {name: found[name] for name in names[:2]} == first
+    assert [found[name]['checkpoint']['path'] for name in names] == [model, model, other]
+    for name in names:
+        rows = [line.split() for line in Path(found[name]['scores']).read_text().splitlines()]
+        assert [[row[0], *row[2:]] for row in rows] == [line.split() for line in Path(name).read_text().splitlines()]
+        assert name == names[2] or Path(found[name]['scores']).read_text() == contents[name]
+    run('--eval', '--eval_list', names[1], **options)
+    again = json.loads(Path(tree['save_path'], 'results.json').read_text())['lists']
+    assert again[names[1]]['scores'] == found[names[1]]['scores'], 'a list that is scored again takes its own place'
+    Path(tree['save_path'], 'results.json').write_text('{}')
+    with pytest.raises(SystemExit):
+        run('--eval', '--eval_list', names[1], **options)
+    assert 'not what --eval writes' in capsys.readouterr().err
+
+
 def test_options_are_kept_and_read_back(tree):
     options = {**tree, 'C': 8, 'num_frames': 20, 'batch_size': 4, 'max_epoch': 1, 'lr': 0.002}
     run(**options)
