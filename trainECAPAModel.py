@@ -165,6 +165,7 @@ def add_data_options(add):
     add('--max_bad', type=number(float, 0, 100), default=1.0, help='percent of training files that may be unusable')
     add('--force', action='store_true', help='continue a run although options that change its numbers differ')
     add('--initial_model', default='', help='checkpoint to start from, or to score with --eval')
+    add('--keep_classifier', action='store_true', help="train on the speakers of --initial_model's classifier, or stop")
 
 
 def default_n_cpu():
@@ -222,14 +223,28 @@ def say(text):
         print(text, flush=True)
 
 
-def build_system(args, n_class):
-    """ECAPAModel of the command's options; its channels are --C, else those of --initial_model, else 1024."""
-    C = getattr(args, 'C', None)
+def build_system(args, speakers):
+    """ECAPAModel of the command's options, for a list of as many speakers.
+
+    Its channels are --C, else those of --initial_model, else 1024; --keep_classifier keeps all speakers of the latter.
+    """
+    C, n_class = getattr(args, 'C', None), getattr(args, 'n_class', speakers)
+    if args.keep_classifier and not args.initial_model:
+        raise BadInput('--keep_classifier needs --initial_model, the checkpoint whose classifier goes on')
     if args.initial_model:
-        found, _ = checkpoint_sizes(read_checkpoint(args.initial_model))
+        found, trained = checkpoint_sizes(read_checkpoint(args.initial_model))
         if C not in (None, found):
             raise BadInput(f'--C {C} contradicts {args.initial_model}, which has {found} channels; leave --C out')
         C = found
+        if args.keep_classifier:
+            # After --speed_perturb the first third are the speakers at their own speed, in the same order.
+            if trained not in (speakers, 3 * speakers):
+                raise BadInput(
+                    f'--keep_classifier: {args.initial_model} was trained on {trained} speakers, {args.train_list} has '
+                    f'{speakers}: they must be as many, or a third after --speed_perturb; give the list that it was '
+                    'trained on'
+                )
+            n_class = trained
     C = C or 1024
     if C % 8:
         raise BadInput(f'--C {C}: the channels are cut into 8 groups, so it must be a multiple of 8')
@@ -420,8 +435,9 @@ def verify(args):
 def prepare(args):
     """Checks everything that training needs and prints the plan. Returns (system, loader)."""
     with first_process_first():
-        dataset, loader, n_class, (trials, files) = check(args)
-    system = build_system(args, n_class)
+        dataset, loader, (trials, files) = check(args)
+    system = build_system(args, dataset.n_class)
+    n_class = len(system.speaker_loss.weight)
     encoder, classifier = (
         sum(p.numel() for p in part.parameters()) for part in (system.speaker_encoder, system.speaker_loss)
     )
@@ -446,7 +462,7 @@ def prepare(args):
 def check(args):
     """Reads the lists, checks the files (a sample of those to train on; all of them with --check) and their speakers.
 
-    Returns (dataset, loader, n_class, (trials, paths of their files)).
+    Returns (dataset, loader, (trials, paths of their files)).
     """
     dataset = train_loader(**vars(args), bad_audio=os.path.join(args.save_path, 'bad_audio.new'))
     speakers = dataset.n_class
@@ -471,7 +487,7 @@ def check(args):
         check_audio([paths[i] for i in range(0, len(paths), step)], role, whole, **everything)
     trials, files = check_trials(args, check=read_whole, **everything) if args.check else check_trials(args)
     warn_of_overlap(dataset, files, args.eval_path)
-    return dataset, loader, n_class, (trials, files)
+    return dataset, loader, (trials, files)
 
 
 def warn_of_overlap(dataset, files, folders):

@@ -316,6 +316,32 @@ def test_recipes_run(tree, model, recipe):
     assert len(tools.read_scores(tree['save_path'] + recipe + '/score.txt')) == 1
 
 
+def test_a_large_margin_goes_on_with_the_classifier(tree, tmp_path, capsys):
+    """After --speed_perturb with all 3 S classes, trained on the S speakers; not at all from other speakers' model."""
+    small = {**tree, 'C': 8, 'num_frames': 20, 'batch_size': 12, 'max_epoch': 1}
+    run('--speed_perturb', **small)
+    model = tree['save_path'] + '/model/model_0001.model'
+    second = {**small, 'save_path': str(tmp_path / 'second'), 'initial_model': model, 'lr': 0}
+    del second['C']
+    recipe = f'@{ROOT}/exps/recipes/large_margin.txt'
+    run(recipe, '--accumulate', '1', **second)
+    before, after = (read_checkpoint(path) for path in (model, tmp_path / 'second/model/model_0001.model'))
+    assert len(before['speaker_loss.weight']) == 12
+    assert torch.equal(before['speaker_loss.weight'], after['speaker_loss.weight'])
+    assert 'left out' not in capsys.readouterr().out
+    lines = Path(tree['train_list']).read_text().splitlines(keepends=True)
+    Path(tmp_path / 'two.txt').write_text(''.join(line for line in lines if line[:3] in ('id0', 'id1')))
+    for change, words in (
+        ({'train_list': str(tmp_path / 'two.txt')}, 'was trained on 12 speakers'),
+        ({'initial_model': ''}, 'needs --initial_model'),
+    ):
+        options = {**second, 'save_path': str(tmp_path / 'none'), 'batch_size': 4, **change}
+        with pytest.raises(SystemExit) as stop:
+            run(recipe, '--accumulate', '1', **options)
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+        assert not Path(options['save_path']).exists()
+
+
 def test_frozen_epochs_train_the_classifier_alone(tree, model):
     options = {'num_frames': 20, 'batch_size': 4, 'max_epoch': 2, 'freeze_epochs': 1, 'initial_model': model}
     tree['save_path'] += 'frozen'
