@@ -1,7 +1,7 @@
 """The network: waveform -> log-mel spectrogram -> ECAPA-TDNN -> embedding of 192 numbers.
 
 Desplanques, Thienpondt and Demuynck, ECAPA-TDNN, Interspeech 2020, arXiv 2005.07143. Module names and shapes are those
-of the published checkpoint.
+of the published checkpoint. In the comments B is the batch, T the frames, C the channels.
 """
 
 import torch
@@ -12,6 +12,208 @@ from torch import nn
 from torch.distributed.nn.functional import all_reduce
 
 HOP = 160  # samples, 10 ms
+
+
+class PreEmphasis(nn.Module):
+    """y[t] = x[t] - coef * x[t - 1] on (B, samples), the sample before the first being a reflection."""
+
+    def __init__(self, coef=0.97):
+        super().__init__()
+        self.coef = coef
+        self.register_buffer('flipped_filter', torch.tensor([[[-coef, 1.0]]]))
+
+    def forward(self, input):
+        # Not a convolution, which a GPU may round to the 10 bits of TF32.
+        before = F.pad(input, (1, 0), 'reflect')[:, :-1]
+        return input * self.flipped_filter[0, 0, 1] + before * self.flipped_filter[0, 0, 0]
+
+
+class FbankAug(nn.Module):
+    """SpecAugment without time warping (Park et al., Interspeech 2019): one mask an axis and utterance, filled with 0.
+
+    Widths are drawn from [first, second) of the two ranges, in frames and in mel bands.
+    """
+
+    def __init__(self, freq_mask_width=(0, 8), time_mask_width=(0, 10)):
+        super().__init__()
+        self.freq_mask_width = freq_mask_width
+        self.time_mask_width = time_mask_width
+
+    def mask_along_axis(self, x, dim):
+        """x: (B, bands, frames); dim: 1 masks bands, 2 frames. Returns a masked copy."""
+        size = x.shape[dim]
+        narrowest, widest = self.freq_mask_width if dim == 1 else self.time_mask_width
+        width = torch.randint(narrowest, widest, (len(x), 1), device=x.device)
+        # Scaling a uniform number keeps the bound on the device, where randint would wait for it.
+        starts = (size - width.max()).clamp(min=1)
+        start = (torch.rand(len(x), 1, device=x.device) * starts).long()
+        position = torch.arange(size, device=x.device)
+        mask = (start <= position) & (position < start + width)
+        return x.masked_fill(mask.unsqueeze(3 - dim), 0.0)
+
+    def forward(self, x):
+        return self.mask_along_axis(self.mask_along_axis(x, dim=2), dim=1)
+
+
+class Bottle2neck(nn.Module):
+    """SE-Res2 block (paper, section 3.1): (B, inplanes, T) -> (B, planes, T), added to its input.
+
+    The channels are cut into `scale` groups: all but the last go through a chain of dilated convolutions, each fed its
+    own group plus the output of the one before.
+    """
+
+    def __init__(self, inplanes, planes, kernel_size=None, dilation=None, scale=8):
+        super().__init__()
+        width = planes // scale
+        padding = kernel_size // 2 * dilation
+        self.conv1 = nn.Conv1d(inplanes, width * scale, kernel_size=1)
+        self.bn1 = BatchNorm(width * scale)
+        self.convs = nn.ModuleList(
+            nn.Conv1d(width, width, kernel_size, dilation=dilation, padding=padding) for _ in range(scale - 1)
+        )
+        self.bns = nn.ModuleList(BatchNorm(width) for _ in range(scale - 1))
+        self.conv3 = nn.Conv1d(width * scale, planes, kernel_size=1)
+        self.bn3 = BatchNorm(planes)
+        self.relu = nn.ReLU()
+        self.se = SEModule(planes)
+        self.width = width
+
+    def forward(self, x, mask=None):
+        """mask: (B, 1, T), 1 in the frames of an utterance and 0 in its padding."""
+        groups = self.bn1(self.relu(self.conv1(x))).split(self.width, dim=1)  # scale x (B, planes / scale, T)
+        outputs = []
+        for group, conv, bn in zip(groups, self.convs, self.bns):
+            # A copy of the first group: a convolution keeps its input for the backward pass, and of a view the whole.
+            chained = group + outputs[-1] if outputs else group.contiguous()
+            if mask is not None:
+                chained = chained * mask
+            outputs.append(bn(self.relu(conv(chained))))  # (B, planes / scale, T)
+        residual = torch.cat([*outputs, groups[-1]], dim=1)  # (B, planes, T)
+        residual = self.bn3(self.relu(self.conv3(residual)))  # (B, planes, T)
+        return torch.addcmul(x, residual, self.se.gate(residual, mask))
+
+
+class SEModule(nn.Module):
+    """Squeeze-excitation: scales each channel of (B, channels, T) by a gate computed from all channels' means."""
+
+    def __init__(self, channels, bottleneck=128):
+        super().__init__()
+        self.se = nn.Sequential(
+            nn.Identity(),  # the published code's pooling, here mean_over_time; it keeps the indices of the names
+            nn.Conv1d(channels, bottleneck, kernel_size=1),
+            nn.ReLU(),
+            nn.Conv1d(bottleneck, channels, kernel_size=1),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, input, mask=None):
+        return input * self.gate(input, mask)
+
+    def gate(self, input, mask=None):
+        """The factors (B, channels, 1) of forward."""
+        return self.se(mean_over_time(input, mask).unsqueeze(2))
+
+
+class ECAPA_TDNN(nn.Module):
+    """Speaker encoder with C channels in the frame-level layers; C must be a multiple of 8."""
+
+    def __init__(self, C):
+        super().__init__()
+        self.torchfbank = nn.Sequential(
+            PreEmphasis(),
+            torchaudio.transforms.MelSpectrogram(
+                sample_rate=16000,
+                n_fft=512,
+                win_length=400,
+                hop_length=HOP,
+                f_min=20,
+                f_max=7600,
+                window_fn=torch.hamming_window,
+                n_mels=80,
+            ),
+        )
+        self.specaug = FbankAug()
+        self.conv1 = nn.Conv1d(80, C, kernel_size=5, stride=1, padding=2)
+        self.relu = nn.ReLU()
+        self.bn1 = BatchNorm(C)
+        self.layer1 = Bottle2neck(C, C, kernel_size=3, dilation=2, scale=8)
+        self.layer2 = Bottle2neck(C, C, kernel_size=3, dilation=3, scale=8)
+        self.layer3 = Bottle2neck(C, C, kernel_size=3, dilation=4, scale=8)
+        self.layer4 = nn.Conv1d(3 * C, 1536, kernel_size=1)
+        self.attention = nn.Sequential(
+            nn.Conv1d(4608, 256, kernel_size=1),
+            nn.ReLU(),
+            BatchNorm(256),
+            nn.Tanh(),
+            nn.Conv1d(256, 1536, kernel_size=1),
+        )
+        self.bn5 = BatchNorm(3072)
+        self.fc6 = nn.Linear(3072, 192)
+        self.bn6 = BatchNorm(192)
+
+    def forward(self, x, aug):
+        """x: (B, samples) waveforms at 16 kHz in [-1, 1]; aug: whether to mask (SpecAugment).
+
+        Returns (B, 192) embeddings, not normalised. No gradient flows to x.
+        """
+        return self.encode(self.features(x, aug))
+
+    @torch.no_grad()
+    def features(self, x, aug=False):
+        """Log-mel spectrogram (B, 80, 1 + samples // 160) of (B, samples), each band's mean over time removed; masked
+        at random if aug.
+        """
+        x = (self.torchfbank(x) + 1e-6).log()  # (B, 80, T)
+        x = x - x.mean(dim=-1, keepdim=True)
+        return self.specaug(x) if aug else x
+
+    def encode(self, x, frames=None):
+        """Embeddings (B, 192) of features (B, 80, T).
+
+        frames: (B,) lengths of utterances that are padded with zeros to T frames. Padding is kept out of every mean and
+        zeroed again before every convolution that looks at neighbours, so each embedding is that of the utterance alone
+        (in evaluation mode).
+        """
+        mask = None
+        if frames is not None:
+            mask = (torch.arange(x.shape[2], device=x.device) < frames.view(-1, 1, 1)).to(x.dtype)  # (B, 1, T)
+        x = self.bn1(self.relu(self.conv1(x)))  # (B, C, T)
+        x1 = self.layer1(x, mask)  # (B, C, T)
+        x = x + x1
+        x2 = self.layer2(x, mask)  # (B, C, T)
+        x = x + x2
+        x3 = self.layer3(x, mask)  # (B, C, T)
+        x = torch.cat((x1, x2, x3), dim=1)  # (B, 3 C, T)
+        del x1, x2, x3  # a quarter of the activations, which nothing needs from here on
+        x = self.relu(self.layer4(x))  # (B, 1536, T)
+        x = self.pool(x, mask)  # (B, 3072)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.bn6(self.fc6(self.bn5(x)))  # (B, 192)
+
+    def pool(self, x, mask=None):
+        """Attentive statistics with global context (paper, section 3.2): (B, 1536, T) -> float32 (B, 3072)."""
+        values = x.float()
+        if mask is None:
+            mean, variance = Moments.apply(values)  # (B, 1536) each
+        else:
+            mean, count = mean_over_time(values, mask), mask.sum(dim=2)
+            variance = mean_over_time((values - mean.unsqueeze(2)) ** 2, mask) * count / (count - 1)
+        # The 1x1 convolution over [x, mean, std] as one over x plus one vector an utterance, as mean and std are the
+        # same in every frame.
+        first = self.attention[0]
+        context = torch.cat((mean, variance.clamp(min=1e-4).sqrt()), dim=1)  # (B, 3072)
+        context = F.linear(context, first.weight[:, 1536:, 0], first.bias)  # (B, 256)
+        logits = F.conv1d(x, first.weight[:, :1536]) + context.unsqueeze(2)  # (B, 256, T)
+        for layer in self.attention[1:]:
+            logits = layer(logits)  # (B, 1536, T) after the last
+        logits = logits.float()
+        if mask is not None:
+            logits = logits.masked_fill(mask == 0, -torch.inf)
+        mean, mean_square = WeightedMoments.apply(values, logits)  # (B, 1536) each
+        return torch.cat((mean, (mean_square - mean * mean).clamp(min=1e-4).sqrt()), dim=1)
+
+
+# Machinery: means and moments with gradients of their own, and the batch norm of several processes.
 
 
 def mean_over_time(x, mask=None):
@@ -105,265 +307,3 @@ class BatchNorm(nn.BatchNorm1d):
         self.running_mean.lerp_(mean, self.momentum)
         self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
         return normalised
-
-
-class SEModule(nn.Module):
-    """Squeeze-excitation: scales each channel of (B, channels, T) by a gate computed from all channels' means."""
-
-    def __init__(self, channels, bottleneck=128):
-        super().__init__()
-        self.se = nn.Sequential(
-            nn.Identity(),  # the published code's pooling, here mean_over_time; it keeps the indices of the names
-            nn.Conv1d(channels, bottleneck, kernel_size=1),
-            nn.ReLU(),
-            nn.Conv1d(bottleneck, channels, kernel_size=1),
-            nn.Sigmoid(),
-        )
-
-    def forward(self, input, mask=None, mean=None):
-        """mean: (B, channels) of the whole utterance, where the input is a part of it."""
-        return input * self.gate(input, mask, mean)
-
-    def gate(self, input, mask=None, mean=None):
-        """The factors (B, channels, 1) of forward."""
-        mean = mean_over_time(input, mask) if mean is None else mean
-        return self.se(mean.unsqueeze(2))
-
-
-class Bottle2neck(nn.Module):
-    """SE-Res2 block (paper, section 3.1): (B, inplanes, T) -> (B, planes, T), added to its input.
-
-    The channels are cut into `scale` groups: all but the last go through a chain of dilated convolutions, each fed its
-    own group plus the output of the one before.
-    """
-
-    def __init__(self, inplanes, planes, kernel_size=None, dilation=None, scale=8):
-        super().__init__()
-        width = planes // scale
-        padding = kernel_size // 2 * dilation
-        self.conv1 = nn.Conv1d(inplanes, width * scale, kernel_size=1)
-        self.bn1 = BatchNorm(width * scale)
-        self.convs = nn.ModuleList(
-            nn.Conv1d(width, width, kernel_size, dilation=dilation, padding=padding) for _ in range(scale - 1)
-        )
-        self.bns = nn.ModuleList(BatchNorm(width) for _ in range(scale - 1))
-        self.conv3 = nn.Conv1d(width * scale, planes, kernel_size=1)
-        self.bn3 = BatchNorm(planes)
-        self.relu = nn.ReLU()
-        self.se = SEModule(planes)
-        self.width = width
-
-    def forward(self, x, mask=None, mean=None):
-        """mask: (B, 1, T), 1 in the frames of an utterance and 0 in its padding; mean: as in SEModule."""
-        residual = self.residual(x, mask)
-        return torch.addcmul(x, residual, self.se.gate(residual, mask, mean))
-
-    def residual(self, x, mask=None):
-        """What squeeze-excitation scales and the block adds to its input: (B, planes, T)."""
-        groups = self.bn1(self.relu(self.conv1(x))).split(self.width, dim=1)
-        outputs = []
-        for group, conv, bn in zip(groups, self.convs, self.bns):
-            # A copy of the first group, as what a convolution remembers of a view is the whole.
-            chained = group + outputs[-1] if outputs else group.contiguous()
-            if mask is not None:
-                chained = chained * mask
-            outputs.append(bn(self.relu(conv(chained))))
-        return self.bn3(self.relu(self.conv3(torch.cat([*outputs, groups[-1]], dim=1))))
-
-
-class PreEmphasis(nn.Module):
-    """y[t] = x[t] - coef * x[t - 1] on (B, samples), the sample before the first being a reflection."""
-
-    def __init__(self, coef=0.97):
-        super().__init__()
-        self.coef = coef
-        self.register_buffer('flipped_filter', torch.tensor([[[-coef, 1.0]]]))
-
-    def forward(self, input):
-        # Not a convolution, which a GPU may round to the 10 bits of TF32.
-        before = F.pad(input, (1, 0), 'reflect')[:, :-1]
-        return input * self.flipped_filter[0, 0, 1] + before * self.flipped_filter[0, 0, 0]
-
-
-class FbankAug(nn.Module):
-    """SpecAugment without time warping (Park et al., Interspeech 2019): one mask an axis and utterance, filled with 0.
-
-    Widths are drawn from [first, second) of the two ranges, in frames and in mel bands.
-    """
-
-    def __init__(self, freq_mask_width=(0, 8), time_mask_width=(0, 10)):
-        super().__init__()
-        self.freq_mask_width = freq_mask_width
-        self.time_mask_width = time_mask_width
-
-    def mask_along_axis(self, x, dim):
-        """x: (B, bands, frames); dim: 1 masks bands, 2 frames. Returns a masked copy."""
-        size = x.shape[dim]
-        narrowest, widest = self.freq_mask_width if dim == 1 else self.time_mask_width
-        width = torch.randint(narrowest, widest, (len(x), 1), device=x.device)
-        # Scaling a uniform number keeps the bound on the device, where randint would wait for it.
-        starts = (size - width.max()).clamp(min=1)
-        start = (torch.rand(len(x), 1, device=x.device) * starts).long()
-        position = torch.arange(size, device=x.device)
-        mask = (start <= position) & (position < start + width)
-        return x.masked_fill(mask.unsqueeze(3 - dim), 0.0)
-
-    def forward(self, x):
-        return self.mask_along_axis(self.mask_along_axis(x, dim=2), dim=1)
-
-
-class ECAPA_TDNN(nn.Module):
-    """Speaker encoder with C channels in the frame-level layers; C must be a multiple of 8."""
-
-    def __init__(self, C):
-        super().__init__()
-        self.torchfbank = nn.Sequential(
-            PreEmphasis(),
-            torchaudio.transforms.MelSpectrogram(
-                sample_rate=16000,
-                n_fft=512,
-                win_length=400,
-                hop_length=HOP,
-                f_min=20,
-                f_max=7600,
-                window_fn=torch.hamming_window,
-                n_mels=80,
-            ),
-        )
-        self.specaug = FbankAug()
-        self.conv1 = nn.Conv1d(80, C, kernel_size=5, stride=1, padding=2)
-        self.relu = nn.ReLU()
-        self.bn1 = BatchNorm(C)
-        self.layer1 = Bottle2neck(C, C, kernel_size=3, dilation=2, scale=8)
-        self.layer2 = Bottle2neck(C, C, kernel_size=3, dilation=3, scale=8)
-        self.layer3 = Bottle2neck(C, C, kernel_size=3, dilation=4, scale=8)
-        self.layer4 = nn.Conv1d(3 * C, 1536, kernel_size=1)
-        self.attention = nn.Sequential(
-            nn.Conv1d(4608, 256, kernel_size=1),
-            nn.ReLU(),
-            BatchNorm(256),
-            nn.Tanh(),
-            nn.Conv1d(256, 1536, kernel_size=1),
-        )
-        self.bn5 = BatchNorm(3072)
-        self.fc6 = nn.Linear(3072, 192)
-        self.bn6 = BatchNorm(192)
-
-    def forward(self, x, aug):
-        """x: (B, samples) waveforms at 16 kHz in [-1, 1]; aug: whether to mask (SpecAugment).
-
-        Returns (B, 192) embeddings, not normalised. No gradient flows to x.
-        """
-        return self.encode(self.features(x, aug))
-
-    @torch.no_grad()
-    def features(self, x, aug=False, size=2**16):
-        """Log-mel spectrogram (B, 80, 1 + samples // 160) of (B, samples), each band's mean over time removed; masked
-        at random if aug.
-
-        size: frames computed at a time, as computing a spectrum takes several times the memory of the waveform.
-        """
-        emphasis, mel = self.torchfbank
-        x, parts = emphasis(x), []
-        # Two hops more to either side keep the reflection at the ends of a part out of it.
-        for start in range(0, 1 + x.shape[1] // HOP, size):
-            first = max(0, start - 2)
-            part = mel(x[:, first * HOP : (start + size + 1) * HOP])[:, :, start - first :][:, :, :size]
-            parts.append((part + 1e-6).log())
-        x = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
-        x = x - x.mean(dim=-1, keepdim=True)
-        return self.specaug(x) if aug else x
-
-    def encode(self, x, frames=None):
-        """Embeddings (B, 192) of features (B, 80, T).
-
-        frames: (B,) lengths of utterances that are padded with zeros to T frames. Padding is kept out of every mean and
-        zeroed again before every convolution that looks at neighbours, so each embedding is that of the utterance alone
-        (in evaluation mode).
-        """
-        mask = None
-        if frames is not None:
-            mask = (torch.arange(x.shape[2], device=x.device) < frames.view(-1, 1, 1)).to(x.dtype)
-        x = self.bn1(self.relu(self.conv1(x)))
-        x1 = self.layer1(x, mask)
-        x = x + x1
-        x2 = self.layer2(x, mask)
-        x = x + x2
-        x3 = self.layer3(x, mask)
-        x = torch.cat((x1, x2, x3), dim=1)
-        del x1, x2, x3  # a quarter of the activations, which nothing needs from here on
-        x = self.pool(self.relu(self.layer4(x)), mask)
-        with torch.autocast(x.device.type, enabled=False):
-            return self.bn6(self.fc6(self.bn5(x)))
-
-    def encode_long(self, x, size):
-        """Embedding (1, 192) of features (1, 80, T), as encode in evaluation mode, `size` frames at a time.
-
-        Memory does not grow with T; the price is that every mean over time takes a pass of its own over the blocks.
-        """
-        # As far as the convolutions see to either side: k5, then three chains of seven k3 with dilation 2, 3 and 4.
-        margin, frames = 2 + 7 * (2 + 3 + 4), x.shape[2]
-        layers, means = (self.layer1, self.layer2, self.layer3), []
-
-        def blocks():
-            for start in range(0, frames, size):
-                at = torch.arange(start - margin, min(start + size, frames) + margin, device=x.device)
-                mask = ((at >= 0) & (at < frames)).to(x.dtype).view(1, 1, -1)
-                h, outputs = self.bn1(self.relu(self.conv1(x[:, :, at.clamp(0, frames - 1)] * mask))), []
-                for layer, mean in zip(layers, means):
-                    outputs.append(layer(h, mask, mean))
-                    h = h + outputs[-1]
-                if len(means) < 3:
-                    yield layers[len(means)].residual(h, mask)[:, :, margin:-margin]
-                else:
-                    yield self.relu(self.layer4(torch.cat(outputs, dim=1)))[:, :, margin:-margin]
-
-        while len(means) < 3:
-            means.append(sum(block.double().sum(dim=2) for block in blocks()).float() / frames)
-        mean = sum(block.double().sum(dim=2) for block in blocks()) / frames
-        squares = sum(((block - mean.unsqueeze(2)) ** 2).sum(dim=2) for block in blocks())
-        context = self.context(mean.float(), (squares / (frames - 1)).float())
-        # Softmax over all blocks: the sums so far are scaled down whenever a larger logit is met.
-        top, sums = torch.full_like(mean, -torch.inf), 0
-        for block in blocks():
-            logits = self.attention_logits(block, context).double()
-            new = torch.maximum(top, logits.amax(dim=2))
-            weights = (logits - new.unsqueeze(2)).exp()
-            moments = torch.stack([weights, weights * block, weights * block * block]).sum(dim=3)
-            top, sums = new, sums * (top - new).exp() + moments
-        return self.bn6(self.fc6(self.bn5(self.statistics(*(sums[1:] / sums[0])).float())))
-
-    def pool(self, x, mask=None):
-        """Attentive statistics with global context (paper, section 3.2): (B, 1536, T) -> float32 (B, 3072)."""
-        values = x.float()
-        if mask is None:
-            mean, variance = Moments.apply(values)
-        else:
-            mean, count = mean_over_time(values, mask), mask.sum(dim=2)
-            variance = mean_over_time((values - mean.unsqueeze(2)) ** 2, mask) * count / (count - 1)
-        logits = self.attention_logits(x, self.context(mean, variance)).float()
-        if mask is not None:
-            logits = logits.masked_fill(mask == 0, -torch.inf)
-        return self.statistics(*WeightedMoments.apply(values, logits))
-
-    def context(self, mean, variance):
-        """What an utterance's mean and variance over time (B, 1536) add to the first attention layer: (B, 256, 1).
-
-        The two are the same in every frame, so their part of that layer's 1x1 convolution over [x, mean, std] is one
-        vector an utterance.
-        """
-        first = self.attention[0]
-        inputs = torch.cat((mean, variance.clamp(min=1e-4).sqrt()), dim=1)
-        return F.linear(inputs, first.weight[:, 1536:, 0], first.bias).unsqueeze(2)
-
-    def attention_logits(self, x, context):
-        """Attention (B, 1536, T) before the softmax over time, of x (B, 1536, T)."""
-        w = F.conv1d(x, self.attention[0].weight[:, :1536]) + context
-        for layer in self.attention[1:]:
-            w = layer(w)
-        return w
-
-    @staticmethod
-    def statistics(mean, mean_square):
-        """[mean, standard deviation] (B, 3072) from weighted means (B, 1536) of x and of its square."""
-        return torch.cat((mean, (mean_square - mean * mean).clamp(min=1e-4).sqrt()), dim=1)

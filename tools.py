@@ -1,6 +1,5 @@
-"""Measures and small helpers: error rates, EER, minDCF, accuracy, score.txt, and the error that bad input raises."""
+"""Measures: EER, minDCF, accuracy, scores of trials and their normalisation. Below them: files, processes, errors."""
 
-import argparse
 import contextlib
 import hashlib
 import os
@@ -12,177 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 import torch.distributed as dist
-from scipy.special import ndtri
 from sklearn.metrics import roc_curve
 
 FIGURES = ('EER', 'minDCF(0.01)', 'minDCF(0.05)')  # the prior of a target with minDCF; both costs are 1
 SCORE_LINE = '%d epoch, LR %f, LOSS %f, ACC %2.2f%%, EER %2.2f%%, bestEER %2.2f%%\n'
-PUBLISHED = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'exps', 'pretrain_score.txt')
 SCORE_PATTERN = re.compile(r'(\d+) epoch, LR (\S+), LOSS (\S+), ACC (\S+)%, EER (\S+)%, bestEER (\S+)%\n', re.ASCII)
-
-
-class BadInput(Exception):
-    """What the user gave cannot be used: the message says what is wrong, where, and what to do about it."""
-
-
-def process_rank():
-    """Number of this process among those that train together, 0 where it is alone or the one that writes."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def process_count():
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def sum_over_processes(tensor):
-    """The tensor summed over the processes that train together."""
-    if process_count() > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def available_cpus():
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-
-
-def init_args(args):
-    """Sets args.score_save_path and args.model_save_path below args.save_path, and makes the folders."""
-    args.score_save_path = os.path.join(args.save_path, 'score.txt')
-    args.model_save_path = os.path.join(args.save_path, 'model')
-    make_folder(args.model_save_path, '--save_path')
-    return args
-
-
-def gather(items):
-    """The items of the lists of all processes that train together, in one list."""
-    if process_count() == 1:
-        return items
-    lists = [None] * process_count()
-    dist.all_gather_object(lists, items)
-    return [item for part in lists for item in part]
-
-
-def write_whole(path, write):
-    """Calls write(binary file) and puts what it wrote at `path` at once: nobody ever sees a part of it.
-
-    Whatever happens before all of it is on the disk, what was at `path` stays. Raises BadInput where the disk refuses.
-    """
-    temporary = f'{path}.part'
-    try:
-        with open(temporary, 'wb') as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(os.path.dirname(path) or '.')
-    except (OSError, RuntimeError) as error:
-        # torch.save reports a full disk as a RuntimeError.
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        raise BadInput(f'{path}: cannot be written ({why}); what was there before is unchanged') from error
-
-
-def sync_folder(folder):
-    """Has a folder's entries written to the disk, so that a file that was renamed outlives a power cut."""
-    if os.name == 'nt':
-        return  # Windows has no such call
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path, text):
-    """Writes a text file whole, as write_whole does."""
-    write_whole(path, lambda file: file.write(text.encode('utf-8', 'surrogateescape')))
-
-
-def write_arrays(path, **arrays):
-    """Writes an .npz of named arrays whole."""
-    write_whole(path, lambda file: np.savez(file, **arrays))
-
-
-def make_folder(path, role):
-    """Makes a folder, and those it lies in; BadInput, naming the option `role`, where that cannot be done."""
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f'{role} {path}: cannot make the folder ({error.strerror})') from error
-
-
-@contextlib.contextmanager
-def only_run_in(folder):
-    """Keeps other runs out of a folder; raises BadInput, with its process and host, where one is at work there.
-
-    The lock is the operating system's, on run.lock: it ends with the process, however that ends, and workers do not
-    inherit it.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with open(os.path.join(folder, 'run.lock'), 'a+', encoding='utf-8') as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            file.seek(0)
-            raise BadInput(
-                f'--save_path {folder}: another run is at work there, {file.read().strip() or "just started"}; '
-                'wait for it, stop it, or choose another folder'
-            ) from error
-        except OSError as error:
-            print(f'{file.name}: this disk has no locks ({error.strerror}): do not start a second run', file=sys.stderr)
-        file.truncate(0)
-        file.write(f'process {os.getpid()} on host {platform.node()}\n')
-        file.flush()
-        yield
-
-
-@contextlib.contextmanager
-def exit_on_bad_input():
-    """Turns BadInput, and what the system says of a file, into a sentence on standard error and exit status 2."""
-    for stream in (sys.stdout, sys.stderr):
-        # Names of files need not be UTF-8, and are printed all the same.
-        stream.reconfigure(errors='backslashreplace')
-    try:
-        yield
-    except BadInput as error:
-        # From a worker process the error comes wrapped in the worker's traceback.
-        print('error: ' + str(error).rpartition('BadInput: ')[2].strip(), file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f'error: {error.filename}: {error.strerror}', file=sys.stderr)
-        sys.exit(2)
-
-
-def digest(path):
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, 'rb') as file:
-        return hashlib.sha256(file.read()).hexdigest()
-
-
-def read_scores(path):
-    """The lines of a score.txt as tuples (epoch, lr, loss, accuracy %, EER %, best EER %), oldest first.
-
-    A missing file has no lines. Raises BadInput, with the line number, on a line of another format.
-    """
-    scores = []
-    if not os.path.exists(path):
-        return scores
-    with open(path, encoding='utf-8', errors='replace') as lines:
-        for number, line in enumerate(lines, 1):
-            match = SCORE_PATTERN.fullmatch(line)
-            if not match:
-                raise BadInput(f'{path}, line {number}: not a line of a score.txt: {line.strip()!r}')
-            scores.append((int(match[1]), *map(float, match.groups()[1:])))
-    return scores
 
 
 def score_pairs(embeddings, pairs):
@@ -264,18 +97,12 @@ def ComputeMinDcf(fnrs, fprs, thresholds, p_target, c_miss, c_fa):
 
 
 def operating_points(scores, labels):
-    """{figure: (value, threshold)} of (N,) scores for each of FIGURES; a trial is accepted above the threshold."""
+    """{figure: {'value', 'threshold'}} of (N,) scores for each of FIGURES; a trial is accepted above the threshold."""
     rates = ComputeErrorRates(scores, labels)
     eer = tuneThresholdfromScore(scores, labels, [1])[1]
-    threshold = rates[2][np.argmin(np.abs(rates[0] - rates[1]))]
-    points = [(eer, threshold), *(ComputeMinDcf(*rates, p_target, 1, 1) for p_target in (0.01, 0.05))]
-    return {figure: (float(value), float(at)) for figure, (value, at) in zip(FIGURES, points)}
-
-
-def verification_figures(scores, labels):
-    """(EER in percent, minDCF at p_target 0.05, minDCF at p_target 0.01) of (N,) scores; both costs are 1."""
-    points = operating_points(scores, labels)
-    return tuple(points[name][0] for name in ('EER', 'minDCF(0.05)', 'minDCF(0.01)'))
+    points = [(eer, rates[2][np.argmin(np.abs(rates[0] - rates[1]))])]
+    points += [ComputeMinDcf(*rates, p_target, 1, 1) for p_target in (0.01, 0.05)]
+    return {name: {'value': float(value), 'threshold': float(at)} for name, (value, at) in zip(FIGURES, points)}
 
 
 def accuracy(output, target, topk=(1,)):
@@ -285,87 +112,105 @@ def accuracy(output, target, topk=(1,)):
     return [correct[:, :k].any(dim=1).float().mean().mul(100).view(1) for k in topk]
 
 
-def plot_det(path, labels, scores):
-    """Draws the DET curves of {name: scores (N,)} to a PNG, on normal-deviate axes (Martin et al., Eurospeech 1997).
+# Machinery: the results folder, files that are whole or not there, processes that train together, errors for people.
 
-    Does nothing where matplotlib is not installed.
+
+def init_args(args):
+    """Sets args.score_save_path and args.model_save_path below args.save_path, and makes the folders."""
+    args.score_save_path = os.path.join(args.save_path, 'score.txt')
+    args.model_save_path = os.path.join(args.save_path, 'model')
+    os.makedirs(args.model_save_path, exist_ok=True)
+    return args
+
+
+def lock_folder(folder):
+    """Keeps other runs out of a folder: returns run.lock in it, locked until it is closed or its process ends.
+
+    Raises BadInput, with the other run's process and host, where one is at work there.
     """
-    pyplot = matplotlib_pyplot()
-    if pyplot is None:
-        return
-    figure, axes = pyplot.subplots(figsize=(6, 6), layout='constrained')
-    ticks = np.array([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 40, 60, 80]) / 100
-    for name, values in scores.items():
-        fnr, fpr, _ = ComputeErrorRates(values, labels)
-        eer, cost = (operating_points(values, labels)[figure][0] for figure in ('EER', 'minDCF(0.05)'))
-        seen = (fnr > 0) & (fpr > 0)
-        label = f'{name}: EER {eer:.2f}%, minDCF(0.05) {cost:.3f}'
-        (line,) = axes.plot(ndtri(fpr[seen]), ndtri(fnr[seen]), label=label)
-        axes.plot(*2 * [ndtri(eer / 100)], 'o', color=line.get_color())
-    # Fewer than one error of either kind cannot be seen.
-    lowest = ndtri(max(0.5 / min(labels.sum(), len(labels) - labels.sum()), 1e-4))
-    limits = lowest, ndtri(0.6)
-    axes.plot(limits, limits, ':', color='grey')
-    for axis, side in ((axes.xaxis, 'false alarms'), (axes.yaxis, 'misses')):
-        axis.set_ticks(ndtri(ticks), [f'{100 * tick:g}' for tick in ticks])
-        axis.set_label_text(f'{side} (%)')
-    axes.set(xlim=limits, ylim=limits, title=os.path.basename(path)[len('det_') : -len('.png')], aspect='equal')
-    axes.grid(alpha=0.3)
-    axes.legend(loc='upper right')
-    write_whole(path, lambda file: figure.savefig(file, format='png', dpi=120))
-    pyplot.close(figure)
-
-
-def plot_experiments(path, experiments):
-    """Draws loss, accuracy and EER over epochs of {name: read_scores()} to a PNG; False without matplotlib."""
-    pyplot = matplotlib_pyplot()
-    if pyplot is None:
-        return False
-    figure, panels = pyplot.subplots(1, 3, figsize=(15, 4.5), layout='constrained')
-    for axes, column, title in zip(panels, (2, 3, 4), ('training loss', 'training accuracy (%)', 'EER (%)')):
-        for name, scores in experiments.items():
-            epochs, values = np.array(scores)[:, [0, column]].T
-            axes.plot(epochs, values, '.-', label=name)
-        axes.set(title=title, xlabel='epoch')
-        axes.grid(alpha=0.3)
-    panels[2].set_yscale('log')
-    panels[2].yaxis.set_major_formatter(lambda value, _: f'{value:g}')
-    panels[2].yaxis.set_minor_formatter(lambda value, _: f'{value:g}' if f'{value:e}'[0] in '235' else '')
-    panels[2].legend()
-    write_whole(path, lambda file: figure.savefig(file, format='png', dpi=120))
-    pyplot.close(figure)
-    return True
-
-
-def matplotlib_pyplot():
-    """matplotlib.pyplot drawing to files, or None where it is not installed."""
+    file = open(os.path.join(folder, 'run.lock'), 'a+', encoding='utf-8')
     try:
-        import matplotlib
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:
-        return None
-    matplotlib.use('agg')
-    from matplotlib import pyplot
+        return file  # Windows has no such locks
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        raise BadInput(
+            f'--save_path {folder}: another run is at work there, {file.read().strip() or "just started"}; '
+            'wait for it, stop it, or choose another folder'
+        ) from error
+    except OSError as error:
+        print(f'{file.name}: this disk has no locks ({error.strerror}): do not start a second run', file=sys.stderr)
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on host {platform.node()}\n')
+    file.flush()
+    return file
 
-    return pyplot
+
+def read_scores(path):
+    """The lines of a score.txt as tuples (epoch, lr, loss, accuracy %, EER %, best EER %), oldest first.
+
+    A missing file has no lines. Raises BadInput, with the line number, on a line of another format.
+    """
+    scores = []
+    if not os.path.exists(path):
+        return scores
+    with open(path, encoding='utf-8', errors='replace') as lines:
+        for number, line in enumerate(lines, 1):
+            match = SCORE_PATTERN.fullmatch(line)
+            if not match:
+                raise BadInput(f'{path}, line {number}: not a line of a score.txt: {line.strip()!r}')
+            scores.append((int(match[1]), *map(float, match.groups()[1:])))
+    return scores
 
 
-def compare_experiments(paths, plot):
-    """Prints a table of score.txt files and of the published curve, a row each, and draws them to the PNG `plot`."""
-    experiments, rows = {}, [['experiment', 'epochs', 'last EER', 'best EER', 'at epoch', 'mean of last 10']]
-    for path in [*paths, PUBLISHED]:
-        scores = read_scores(path)
-        if not scores:
-            raise BadInput(f'{path}: {"is empty" if os.path.exists(path) else "no such file"}')
-        name = os.path.basename(os.path.dirname(os.path.abspath(path)))
-        name = 'published' if path == PUBLISHED else path if name in experiments else name
-        experiments[name] = scores
-        eers = np.array([score[4] for score in scores])
-        best = eers.argmin()
-        figures = (eers[-1], eers[best], scores[best][0], eers[-10:].mean())
-        rows.append([name, str(scores[-1][0]), *(f'{x:.2f}%' if x is not figures[2] else str(x) for x in figures)])
-    print(table(rows))
-    if plot_experiments(plot, experiments):
-        print(f'drawn: {plot}')
+def write_whole(path, write):
+    """Calls write(binary file) and replaces the file at `path` by what it wrote, atomically.
+
+    Whatever happens before all of it is on the disk, what was at `path` stays. Raises BadInput where the disk refuses.
+    """
+    temporary = f'{path}.part'
+    try:
+        with open(temporary, 'wb') as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(os.path.dirname(path) or '.')
+    except (OSError, RuntimeError) as error:
+        # torch.save reports a full disk as a RuntimeError.
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise BadInput(f'{path}: cannot be written ({why}); what was there before is unchanged') from error
+
+
+def sync_folder(folder):
+    """Has a folder's entries written to the disk, so that a renamed file is there after a power cut."""
+    if os.name == 'nt':
+        return  # Windows has no such call
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path, text):
+    """Writes a text file whole, as write_whole does."""
+    write_whole(path, lambda file: file.write(text.encode('utf-8', 'surrogateescape')))
+
+
+def write_arrays(path, **arrays):
+    """Writes an .npz of named arrays whole."""
+    write_whole(path, lambda file: np.savez(file, **arrays))
+
+
+def digest(content):
+    """SHA-256 of bytes, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def table(rows):
@@ -374,15 +219,82 @@ def table(rows):
     return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
-def main(argv=None):
-    """Compares experiments; exit status 2, with a sentence, for a file that is no score.txt."""
-    parser = argparse.ArgumentParser(prog='tools.py', description='Compare experiments by their score.txt.')
-    parser.add_argument('scores', nargs='+', help='score.txt files')
-    parser.add_argument('--plot', default='exps/comparison.png', help='where to draw them, if matplotlib is installed')
-    args = parser.parse_args(argv)
-    with exit_on_bad_input():
-        compare_experiments(args.scores, args.plot)
+def available_cpus():
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
-if __name__ == '__main__':
-    main()
+def process_rank():
+    """Number of this process among those that train together, 0 where it is alone or the one that writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def process_count():
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(text):
+    """Prints a line of the log, in the first process only."""
+    if process_rank() == 0:
+        print(text, flush=True)
+
+
+def sum_over_processes(tensor):
+    """The tensor, summed in place over the processes that train together."""
+    if process_count() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather(items):
+    """The items of the lists of all processes that train together, in one list."""
+    if process_count() == 1:
+        return items
+    lists = [None] * process_count()
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
+
+
+class BadInput(Exception):
+    """What the user gave cannot be used: the message says what is wrong, where, and what to do about it."""
+
+
+def summary(error):
+    """The first line of a library's error, or its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+# What PyTorch's errors say where memory is too small, and what to do.
+MEMORY = {
+    "out of memory|ALLOC_FAILED|can't allocate memory": 'Use a smaller --batch_size, or --accumulate.',
+    'DataLoader worker': 'A loading process was killed, most likely as memory was short: use a smaller --n_cpu or, in '
+    'a container, more shared memory (docker run --shm-size 8g).',
+}
+
+
+@contextlib.contextmanager
+def exit_on_bad_input():
+    """Turns BadInput, and what is said of files, memory and missing packages, into a sentence and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        # Names of files need not be UTF-8, and are printed all the same.
+        stream.reconfigure(errors='backslashreplace')
+    try:
+        yield
+        return
+    except BadInput as error:
+        # From a worker process the error comes wrapped in the worker's traceback.
+        message = str(error).rpartition('BadInput: ')[2].strip()
+    except ModuleNotFoundError as error:
+        message = f'the package {error.name} is needed for this: pip install {error.name}'
+    except OSError as error:
+        if error.filename is None:
+            raise
+        message = f'{error.filename}: {error.strerror}'
+    except RuntimeError as error:
+        remedy = next((remedy for sign, remedy in MEMORY.items() if re.search(sign, str(error))), None)
+        if remedy is None:
+            raise
+        message = f'{summary(error)}\n{remedy}'
+    print(f'error: {message}', file=sys.stderr)
+    sys.exit(2)

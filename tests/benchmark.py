@@ -39,9 +39,9 @@ from plain import (
     plain_train_step,
 )
 
-from dataLoader import make_batches, read_train_list, train_loader
+from dataLoader import make_batches, read_train_list, read_trial_lists, train_loader
 from ECAPAModel import ECAPAModel, choose_device
-from tools import as_norm, available_cpus, score_pairs, verification_figures
+from tools import as_norm, available_cpus, operating_points, score_pairs
 from trainECAPAModel import default_n_cpu
 
 RATE = 16000
@@ -413,7 +413,8 @@ def evaluation_rows(options, folder):
         scores['plain'] = plain_scores(embeddings, pairs)
 
     def ours():
-        scores['ours'] = system.score_trials(trials, audio)[0]
+        paths, trial_lists = read_trial_lists([trials], [audio])
+        scores['ours'] = system.score_lists(paths, trial_lists)[0]['raw']
 
     row = compare(f'evaluation, C={C}, {files} files', 'files/s', timed(plain, files), timed(ours, files), least=2)
     difference = np.abs(scores['ours'] - np.array(scores['plain'])).max()
@@ -444,7 +445,7 @@ def scoring_rows(options, folder):
 
     def ours():
         scores['ours'] = score_pairs(embeddings, pairs)
-        verification_figures(scores['ours'], labels)
+        operating_points(scores['ours'], labels)
 
     what = f'scoring, {files:,} files, {trials:,} trials ({part:,} in plain)'
     row = compare(what, 'trials/s', timed(plain, part), timed(ours, trials), least=2)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from ECAPAModel import ECAPAModel
+from ECAPAModel import ECAPAModel, read_checkpoint
 from model import norm_of_all
 
 SHARED = Path(__file__).parents[2] / 'shared'
@@ -107,6 +107,11 @@ def norm_errors(device='cpu'):
             )
             errors += [((a.cpu() - b).norm() / b.norm()).item() for a, b in pairs if a is not mean or offset]
     return errors
+
+
+def weights(path):
+    """State dict of a checkpoint."""
+    return read_checkpoint(path)[0]
 
 
 def write_wav(path, audio, rate=16000, subtype='FLOAT'):

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import portable_system, wave, write_wav
+from conftest import portable_system, wave, weights, write_wav
 
 import dataLoader
-from ECAPAModel import ECAPAModel, checkpoint_sizes, read_checkpoint
+from ECAPAModel import ECAPAModel, checkpoint_sizes
 from loss import AAMsoftmax
-from tools import ComputeErrorRates, ComputeMinDcf, tuneThresholdfromScore, verification_figures
+from tools import ComputeErrorRates, ComputeMinDcf, operating_points, tuneThresholdfromScore
 
 
 def make_system(C, n_class, test_step=1):
@@ -138,7 +138,8 @@ def test_measures(golden, case):
     for p_target in (0.05, 0.01):
         assert ComputeMinDcf(*rates, p_target, 1, 1)[0] == expected[f'min_dcf_p{p_target}_{case}']
     figures = [expected[f'{name}_{case}'] for name in ('min_dcf_p0.05', 'min_dcf_p0.01')]
-    assert verification_figures(scores, labels) == (eer, *figures)
+    points = operating_points(scores, labels)
+    assert [points[name]['value'] for name in ('EER', 'minDCF(0.05)', 'minDCF(0.01)')] == [eer, *figures]
 
 
 def test_learning_rates(golden):
@@ -155,12 +156,13 @@ def test_learning_rates(golden):
 @pytest.mark.slow
 def test_real_evaluation(golden, minivox, trained):
     expected = np.load(golden / 'evaluation.npz')
-    scores, labels = trained.score_trials(minivox / 'trials.txt', minivox / 'eval')
-    assert np.array_equal(labels, expected['labels'])
-    np.testing.assert_allclose(scores, expected['scores'], atol=1e-4)
-    eer, min_dcf, _ = verification_figures(scores, labels)
-    assert f'{eer:.2f} {min_dcf:.4f}' == f'{expected["eer_percent"]:.2f} {expected["min_dcf_p005"]:.4f}'
-    given = verification_figures(expected['scores'], expected['labels'])[:2]
+    paths, (trials,) = dataLoader.read_trial_lists([minivox / 'trials.txt'], [minivox / 'eval'])
+    (scores,) = trained.score_lists(paths, [trials])
+    assert np.array_equal(trials.labels, expected['labels'])
+    np.testing.assert_allclose(scores['raw'], expected['scores'], atol=1e-4)
+    points = [operating_points(values, trials.labels) for values in (scores['raw'], expected['scores'])]
+    found, given = ([p['EER']['value'], p['minDCF(0.05)']['value']] for p in points)
+    assert '{:.2f} {:.4f}'.format(*found) == f'{expected["eer_percent"]:.2f} {expected["min_dcf_p005"]:.4f}'
     np.testing.assert_allclose(given, [expected['eer_percent'], expected['min_dcf_p005']], atol=1e-6)
 
 
@@ -169,7 +171,7 @@ def test_published_checkpoint_format(golden, tmp_path):
     system = make_system(1024, 5994)
     assert sum(p.numel() for p in system.parameters()) > 15e6
     system.save_parameters(tmp_path / 'model.model')
-    state = read_checkpoint(tmp_path / 'model.model')
+    state = weights(tmp_path / 'model.model')
     assert list(state) == list(expected)
     assert {name: list(tensor.shape) for name, tensor in state.items()} == expected
     assert checkpoint_sizes(state) == (1024, 5994)

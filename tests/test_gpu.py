@@ -52,7 +52,8 @@ def test_bfloat16_is_the_default_and_close():
 
 
 def test_embeddings_are_those_of_a_cpu(tmp_path, monkeypatch):
-    monkeypatch.setattr('ECAPAModel.BATCH_FRAMES', 800)  # two share a batch, the longest goes block by block
+    monkeypatch.setattr('ECAPAModel.BATCH_FRAMES', 800)  # two share a batch
+    monkeypatch.setattr('ECAPAModel.LONGEST', 300000)  # the longest is embedded in parts
     monkeypatch.setattr('ECAPAModel.WINDOW_FRAMES', 2000)
     paths = [
         write_wav(tmp_path / f'{i}.wav', wave(i, samples)) for i, samples in enumerate((700, 48240, 60000, 400000))
@@ -70,11 +71,10 @@ def test_nobody_waits_for_a_step(accumulate):
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode('error')
     try:
-        finite, event = system.start_check(system.train_step(waves, labels))
+        result = system.train_step(waves, labels)
     finally:
         torch.cuda.set_sync_debug_mode('default')
-    system.finish_check(1, 1, None, finite, event)
-    assert finite.device.type == 'cpu' and finite.item(), 'the copy is here once its event has passed'
+    assert result.isfinite().all()
 
 
 def test_the_batch_norm_of_several_processes():

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import command_line, norm_errors
+from conftest import command_line, norm_errors, weights
 
 import trainECAPAModel
 from dataLoader import make_batches, train_loader
-from ECAPAModel import ECAPAModel, read_checkpoint
-from tools import BadInput, process_rank, read_scores
+from ECAPAModel import ECAPAModel
+from tools import BadInput, process_count, process_rank, read_scores, sum_over_processes
 from trainECAPAModel import join_processes
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +37,11 @@ def in_two_processes(options, folder):
     torch.distributed.destroy_process_group()
 
 
+def mean_over_processes(tensor):
+    """A copy of the tensor, averaged over the processes."""
+    return sum_over_processes(tensor.clone()) / process_count()
+
+
 def part_of_training(options):
     """Indices of an epoch; gradients of its first batch, with stored batch norm statistics and with its own; these; and
     weights after two steps.
@@ -51,8 +56,8 @@ def part_of_training(options):
     gradients = {}
     for mode in ('stored', 'own'):
         system.train(mode == 'own').zero_grad()
-        system.replicas[0](audio, labels)[0].backward()
-        gradients[mode] = {name: p.grad.clone() for name, p in system.named_parameters()}
+        system(audio, labels)[0].backward()
+        gradients[mode] = {name: mean_over_processes(p.grad) for name, p in system.named_parameters()}
     statistics = {name: buffer.clone() for name, buffer in system.named_buffers()}
     for audio, labels in loader:
         system.train_step(audio, labels)
@@ -97,7 +102,7 @@ def test_the_command_under_torchrun(tree, tmp_path, monkeypatch, capsys):
     done = torchrun(ROOT / 'trainECAPAModel.py', *command_line(**{**SMALL, **tree}), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert '2 processes on cpu' in done.stdout
-    for line in ('start         afresh', 'epoch 2, LR', 'epochs are done'):
+    for line in ('start         from random weights', 'epoch 2, LR', 'epochs are done'):
         assert done.stdout.count(line) == 1
     folder = Path(tree['save_path'])
     assert [score[0] for score in read_scores(folder / 'score.txt')] == [1, 2]
@@ -134,7 +139,7 @@ def test_a_restarted_job_goes_on_after_the_last_checkpoint(tree, tmp_path):
     assert done.returncode == 0, done.stderr
     assert 'after epoch 1' in done.stdout
     assert [score[0] for score in read_scores(tree['save_path'] + '/score.txt')] == [1, 2]
-    read_checkpoint(tree['save_path'] + '/model/model_0002.model')
+    weights(tree['save_path'] + '/model/model_0002.model')
 
 
 @pytest.mark.slow
@@ -152,7 +157,7 @@ def test_a_batch_that_cannot_be_divided_is_refused(tree, monkeypatch):
 
 
 def test_machines_that_do_not_share_the_folder_are_told(tree, monkeypatch, capsys):
-    monkeypatch.setattr('trainECAPAModel.gather', lambda epochs: [*epochs, 7])
+    monkeypatch.setattr('tools.gather', lambda epochs: [*epochs, 7])
     with pytest.raises(SystemExit) as stop:
         trainECAPAModel.main(command_line(**{**SMALL, **tree}))
     assert stop.value.code == 2

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import command_line, wave, write_wav
+from conftest import command_line, wave, weights, write_wav
 
 import dataLoader
 import tools  # noqa: F401, for the kills
 import trainECAPAModel
-from ECAPAModel import ECAPAModel, load_model, read_checkpoint, read_state, saved_models
+from ECAPAModel import ECAPAModel, load_model, newest_checkpoint, saved_models
 from tools import BadInput, read_scores, write_text
 
 pytestmark = pytest.mark.usefixtures('short_crops')
@@ -302,7 +302,7 @@ def test_keep(tree):
     run(tree, max_epoch=5, keep=2)
     assert list(saved_models(tree['save_path'] + '/model').values()) == [5, 4]
     assert [score[0] for score in read_scores(tree['save_path'] + '/score.txt')] == [1, 2, 3, 4, 5]
-    read_state(tree['save_path'] + '/model/model_0005.state', 5)
+    assert newest_checkpoint(tree['save_path'] + '/model')[2]['epoch'] == 5
 
 
 # Numbers.
@@ -310,14 +310,14 @@ def test_keep(tree):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tree, capsys, monkeypatch):
     run(tree, max_epoch=1)
-    augment = trainECAPAModel.train_loader.augment
+    augment = dataLoader.train_loader.augment
     poisoned = []
 
     def poison(dataset, audio, rng):
         poisoned.append(augment(dataset, audio, rng))
         return poisoned[-1] * np.float32(np.nan) if len(poisoned) == 6 else poisoned[-1]
 
-    monkeypatch.setattr(trainECAPAModel.train_loader, 'augment', poison)
+    monkeypatch.setattr(dataLoader.train_loader, 'augment', poison)
     message = refusal(capsys, tree)
     assert 'epoch 2, step 2: the loss or a gradient is not finite' in message
     batch = torch.load(tree['save_path'] + '/bad_batch.pt', weights_only=True)
@@ -393,9 +393,7 @@ def test_the_replacement_is_of_the_same_speaker(tree):
     Path(tree['train_path'], UTTERANCE).unlink()
     names = ('train_list', 'train_path', 'musan_path', 'rir_path')
     options = {name: tree[name] for name in names}
-    dataset = trainECAPAModel.train_loader(
-        **options, num_frames=123, bad_audio=f'{tree["train_path"]}/bad.txt', max_bad=50
-    )
+    dataset = dataLoader.train_loader(**options, num_frames=123, bad_audio=f'{tree["train_path"]}/bad.txt')
     dataset.augment = lambda audio, rng: audio
     position = dataset.labels.tolist().index(1) + 1
     for epoch in range(1, 5):
@@ -411,7 +409,7 @@ def test_the_replacement_is_of_the_same_speaker(tree):
 def test_a_run_stops_when_too_much_is_bad(tree, capsys, monkeypatch):
     """Files that go bad after the run began."""
     run(tree, max_epoch=1)
-    monkeypatch.setattr(trainECAPAModel, 'check_audio', lambda *args, **kwargs: [])
+    monkeypatch.setattr(dataLoader, 'check_data', lambda *args: None)
     for number in range(3):
         Path(tree['train_path'], f'id{number}/session/00000.wav').unlink()
     message = refusal(capsys, tree, max_bad=20, max_epoch=9)
@@ -462,7 +460,7 @@ def test_utterances_of_any_length(tree, capsys, samples):
         assert f'{UTTERANCE}: has {samples} samples; 257' in refusal(capsys, tree)
     else:
         run(tree, max_epoch=1)
-        read_checkpoint(tree['save_path'] + '/model/model_0001.model')
+        weights(tree['save_path'] + '/model/model_0001.model')
 
 
 if __name__ == '__main__':
@@ -471,7 +469,15 @@ if __name__ == '__main__':
     killed_and_continued(options, folder, int(kills))
 
 
-@pytest.mark.parametrize('sign, remedy', trainECAPAModel.DEATHS.items())
+@pytest.mark.parametrize(
+    'sign, remedy',
+    [
+        ('CUDA out of memory', '--accumulate'),
+        ('CUBLAS_STATUS_ALLOC_FAILED', '--batch_size'),
+        ("can't allocate memory", '--accumulate'),
+        ('DataLoader worker is killed', '--shm-size'),
+    ],
+)
 def test_too_little_memory_gets_a_sentence(capsys, sign, remedy):
     args = trainECAPAModel.make_parser().parse_args([])
     with pytest.raises(SystemExit) as stop, trainECAPAModel.sentences_for_people(args):

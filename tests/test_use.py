@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import command_line, wave, write_wav
+from conftest import command_line, wave, weights, write_wav
 
-import dataLoader
 import tools
 import trainECAPAModel
 from dataLoader import train_loader
-from ECAPAModel import ECAPAModel, load_model, read_checkpoint
+from ECAPAModel import ECAPAModel, load_model
+from exps import compare, lists
 from tools import BadInput, as_norm, operating_points, score_pairs
 
 pytestmark = pytest.mark.usefixtures('short_crops')
@@ -70,11 +70,11 @@ def test_operating_points_separate_as_they_say():
     labels = random.integers(2, size=2000)
     scores = random.standard_normal(2000) + 2 * labels
     points = operating_points(scores, labels)
-    eer, threshold = points['EER']
+    eer, threshold = points['EER'].values()
     assert np.mean(scores[labels == 1] <= threshold) == pytest.approx(eer / 100, abs=0.002)
     assert np.mean(scores[labels == 0] > threshold) == pytest.approx(eer / 100, abs=0.002)
     for prior in (0.01, 0.05):
-        cost, threshold = points[f'minDCF({prior})']
+        cost, threshold = points[f'minDCF({prior})'].values()
         missed, accepted = np.mean(scores[labels == 1] <= threshold), np.mean(scores[labels == 0] > threshold)
         assert (prior * missed + (1 - prior) * accepted) / prior == pytest.approx(cost)
 
@@ -116,11 +116,16 @@ def test_several_lists_in_training(tree, tmp_path, capsys):
 
 def test_as_norm_by_command(tree, model, capsys, monkeypatch):
     options = {**eval_options(tree, model), 'train_list': tree['train_list'], 'train_path': tree['train_path']}
-    made, cohort = [], ECAPAModel.cohort
-    monkeypatch.setattr(ECAPAModel, 'cohort', lambda self, *args: made.append(args) or cohort(self, *args))
+    embedded, embed_files = [], ECAPAModel.embed_files
+    monkeypatch.setattr(
+        ECAPAModel, 'embed_files', lambda self, paths: embedded.append(paths) or embed_files(self, paths)
+    )
     for settings in ({}, {}, {'cohort_utterances': 2}, {'seed': 3}):
         run('--eval', score_norm='asnorm', **options, **settings)
-    assert len(made) == 3, 'the cohort is made again when a setting changes, and only then'
+    made = [paths for paths in embedded if paths[0].startswith(tree['train_path'])]
+    assert [len(paths) for paths in made] == [12, 8, 12], (
+        'the cohort is made again when a setting changes, and only then'
+    )
     header, row = capsys.readouterr().out.splitlines()[-2:]
     assert 'asnorm EER' in header and len(row.split()) == 8
     record = json.loads((Path(tree['save_path']) / 'results.json').read_text())
@@ -130,7 +135,9 @@ def test_as_norm_by_command(tree, model, capsys, monkeypatch):
     assert [[line[0], *line[3:]] for line in lines] == trials
     labels, raw, normalised = np.array([line[:3] for line in lines], float).T
     for scores, kind in ((raw, 'raw'), (normalised, 'asnorm')):
-        assert operating_points(scores, labels)['EER'][0] == pytest.approx(figures[kind]['EER']['value'], abs=1e-6)
+        assert operating_points(scores, labels)['EER']['value'] == pytest.approx(
+            figures[kind]['EER']['value'], abs=1e-6
+        )
 
 
 def test_a_cohort_is_the_mean_over_utterances(tree, model):
@@ -139,17 +146,17 @@ def test_a_cohort_is_the_mean_over_utterances(tree, model):
     for speaker in range(4):
         paths = [f'{tree["train_path"]}/id{speaker}/session/{n:05d}.wav' for n in range(3)]
         each = system.embed_files(paths)
-        means = [each[[a, b]].mean(axis=0) for a, b in ((0, 1), (0, 2), (1, 2))]
+        means = [each[list(pair)].mean(axis=0) for pair in ((0, 1), (0, 2), (1, 2))]
         assert any(np.allclose(cohort[speaker], mean, atol=1e-5) for mean in means)
 
 
 def test_results_say_what_they_are(tree, model):
     run('--eval', **eval_options(tree, model))
     record = json.loads((Path(tree['save_path']) / 'results.json').read_text())
-    assert record['checkpoint'] == {'path': model, 'sha256': tools.digest(model)}
+    assert record['checkpoint'] == {'path': model, 'sha256': tools.digest(Path(model).read_bytes())}
     figures = record['lists'][tree['eval_list']]
     assert (figures['trials'], figures['targets']) == (66, 12)
-    assert figures['sha256'] == tools.digest(tree['eval_list'])
+    assert figures['sha256'] == tools.digest(Path(tree['eval_list']).read_bytes())
     assert set(figures['raw']) == {'EER', 'minDCF(0.01)', 'minDCF(0.05)'}
     assert record['versions']['torch'].startswith(torch.__version__.split('+')[0])
     assert record['seed'] == 10 and record['options']['eval_list'] == [tree['eval_list']]
@@ -261,7 +268,7 @@ def recordings(tmp_path):
 
 def test_lists_of_own_speakers(recordings, tmp_path, capsys):
     out = tmp_path / 'lists'
-    dataLoader.main([str(recordings), '--out', str(out), '--test_speakers', '2', '--seed', '4'])
+    lists.main([str(recordings), '--out', str(out), '--test_speakers', '2', '--seed', '4'])
     report = capsys.readouterr().out
     train = [line.split() for line in (out / 'train_list.txt').read_text().splitlines()]
     trials = [line.split() for line in (out / 'trials.txt').read_text().splitlines()]
@@ -284,23 +291,23 @@ def test_lists_of_own_speakers(recordings, tmp_path, capsys):
     assert all(re.search(f'{name}: .*{fault}', left_out) for name, fault in faults.items()) and 'stray.wav' in left_out
     assert '22 utterances of 6 speakers' in report and 'clipped      1 files' in report and '8000 Hz: 1 files' in report
     again = tmp_path / 'again'
-    dataLoader.main([str(recordings), '--out', str(again), '--test_speakers', '2', '--seed', '4'])
+    lists.main([str(recordings), '--out', str(again), '--test_speakers', '2', '--seed', '4'])
     assert (again / 'trials.txt').read_bytes() == (out / 'trials.txt').read_bytes()
 
 
 def test_exhaustive_trials_and_no_trials(recordings, tmp_path, capsys):
-    dataLoader.main([str(recordings), '--out', str(tmp_path / 'a'), '--test_speakers', '3', '--exhaustive'])
+    lists.main([str(recordings), '--out', str(tmp_path / 'a'), '--test_speakers', '3', '--exhaustive'])
     trials = (tmp_path / 'a/trials.txt').read_text().splitlines()
     files = {name for trial in trials for name in trial.split()[1:]}
     assert len(trials) == len(files) * (len(files) - 1) // 2
-    dataLoader.main([str(recordings), '--out', str(tmp_path / 'b'), '--test_speakers', '0'])
+    lists.main([str(recordings), '--out', str(tmp_path / 'b'), '--test_speakers', '0'])
     assert not (tmp_path / 'b/trials.txt').exists() and 'not written  trials.txt' in capsys.readouterr().out
     for options in (['--test_speakers', '5'], ['--test_speakers', '1']):
         with pytest.raises(SystemExit) as stop:
-            dataLoader.main([str(recordings), '--out', str(tmp_path / 'c'), *options])
+            lists.main([str(recordings), '--out', str(tmp_path / 'c'), *options])
         assert stop.value.code == 2 and '--test_speakers' in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        dataLoader.main([str(recordings), '--out', str(tmp_path / 'a')])
+        lists.main([str(recordings), '--out', str(tmp_path / 'a')])
     assert 'is there already' in capsys.readouterr().err
 
 
@@ -325,7 +332,7 @@ def test_a_large_margin_goes_on_with_the_classifier(tree, tmp_path, capsys):
     del second['C']
     recipe = f'@{ROOT}/exps/recipes/large_margin.txt'
     run(recipe, '--accumulate', '1', **second)
-    before, after = (read_checkpoint(path) for path in (model, tmp_path / 'second/model/model_0001.model'))
+    before, after = (weights(path) for path in (model, tmp_path / 'second/model/model_0001.model'))
     assert len(before['speaker_loss.weight']) == 12
     assert torch.equal(before['speaker_loss.weight'], after['speaker_loss.weight'])
     assert 'left out' not in capsys.readouterr().out
@@ -346,8 +353,8 @@ def test_frozen_epochs_train_the_classifier_alone(tree, model):
     options = {'num_frames': 20, 'batch_size': 4, 'max_epoch': 2, 'freeze_epochs': 1, 'initial_model': model}
     tree['save_path'] += 'frozen'
     run(**tree, **options)
-    states = [read_checkpoint(model)]
-    states += [read_checkpoint(f'{tree["save_path"]}/model/model_000{n}.model') for n in (1, 2)]
+    states = [weights(model)]
+    states += [weights(f'{tree["save_path"]}/model/model_000{n}.model') for n in (1, 2)]
     changed = [{name for name in a if not torch.equal(a[name], b[name])} for a, b in zip(states, states[1:])]
     assert changed[0] == {'speaker_loss.weight'}
     assert 'speaker_encoder.conv1.weight' in changed[1] and 'speaker_encoder.bn1.running_mean' in changed[1]
@@ -394,11 +401,19 @@ def test_comparing_experiments(tmp_path, capsys):
     line = '%d epoch, LR 0.001000, LOSS 1.000000, ACC 10.00%%, EER %.2f%%, bestEER 1.00%%\n'
     (tmp_path / 'one').mkdir()
     (tmp_path / 'one/score.txt').write_text(''.join(line % (n, 5 - n) for n in range(1, 5)) + line % (5, 3))
-    tools.main([str(tmp_path / 'one/score.txt'), '--plot', f'{tmp_path}/a.png'])
+    (tmp_path / 'one/scores').mkdir()
+    random = np.random.default_rng(4)
+    trials = [(label, *random.standard_normal(2) + label) for label in random.integers(2, size=200)]
+    (tmp_path / 'one/scores/hard.txt').write_text(''.join(f'{a} {b:.6f} {c:.6f} x.wav y.wav\n' for a, b, c in trials))
+    compare.main([str(tmp_path / 'one/score.txt'), '--out', str(tmp_path)])
     rows = [re.split(r'  +', line) for line in capsys.readouterr().out.splitlines()]
     assert rows[1] == ['one', '5', '3.00%', '1.00%', '4', '2.60%']
     assert rows[2] == ['published', '80', '1.03%', '0.96%', '70', '1.05%']
-    assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
+    assert all((tmp_path / name).read_bytes().startswith(b'\x89PNG') for name in ('curves.png', 'det_hard.png'))
     with pytest.raises(SystemExit) as stop:
-        tools.main([str(tmp_path / 'none.txt')])
+        compare.main([str(tmp_path / 'none.txt')])
     assert stop.value.code == 2 and 'none.txt' in capsys.readouterr().err
+    (tmp_path / 'one/scores/hard.txt').write_text('1 high x.wav y.wav\n')
+    with pytest.raises(SystemExit):
+        compare.main([str(tmp_path / 'one/score.txt'), '--out', str(tmp_path)])
+    assert 'hard.txt: not a file of scores' in capsys.readouterr().err
