@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import tools
-from dataLoader import EVAL_CROP, RATE, EvalUtterances, eval_crops, read_train_list, read_trial_lists
+from dataLoader import EVAL_CROP, RATE, EvalUtterances, eval_crops, read_trial_lists
 from loss import AAMsoftmax
 from model import ECAPA_TDNN, HOP
 from tools import BadInput, process_count, process_rank, say
@@ -69,11 +69,8 @@ class ECAPAModel(nn.Module):
         if precision == 'auto':
             precision = 'bf16' if self.on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else 'fp32'
         self.precision = precision
-        self.n_cpu = n_cpu
-        self.accumulate = accumulate
-        self.freeze_epochs = freeze_epochs
-        self.warned_of_waiting = False
-        self.checkpoint = None
+        self.n_cpu, self.accumulate, self.freeze_epochs = n_cpu, accumulate, freeze_epochs
+        self.warned_of_waiting, self.checkpoint = False, None
         self.speaker_encoder = ECAPA_TDNN(C=C).to(self.device)
         self.speaker_loss = AAMsoftmax(n_class=n_class, m=m, s=s).to(self.device)
         if process_count() > 1:
@@ -174,19 +171,41 @@ class ECAPAModel(nn.Module):
 
     def eval_network(self, eval_list, eval_path):
         """EER in percent and minDCF (p_target 0.05) of a trial list whose files lie below eval_path."""
-        paths, trial_lists = read_trial_lists([eval_list], [eval_path])
-        points = tools.operating_points(self.score_lists(paths, trial_lists)[0]['raw'], trial_lists[0].labels)
-        return points['EER']['value'], points['minDCF(0.05)']['value']
+        _, figures = self.score_lists(*read_trial_lists([eval_list], [eval_path]))[0]['raw']
+        return figures['EER']['value'], figures['minDCF(0.05)']['value']
 
-    def score_lists(self, paths, trial_lists, cohort=None, top_n=400):
-        """The scores (N,) of read_trial_lists' lists: for each {'raw': scores, and with a cohort 'asnorm': scores}."""
-        embeddings, scores = self.embed_files(paths), []
+    def score_lists(self, paths, trial_lists, cohort_files=None, top_n=400):
+        """Scores and figures of what read_trial_lists returns: for each list {'raw': (scores (N,), operating_points)}.
+
+        cohort_files: what choose_cohort returns; then there is 'asnorm' too, by the top_n closest of these speakers.
+        """
+        cohort = None if cohort_files is None else self.cohort(cohort_files)
+        embeddings, results = self.embed_files(paths), []
         for trials in trial_lists:
             pairs = trials.rows[trials.pairs]
-            scores.append({'raw': tools.score_pairs(embeddings, pairs)})
+            scores = {'raw': tools.score_pairs(embeddings, pairs)}
             if cohort is not None:
-                scores[-1]['asnorm'] = tools.as_norm(scores[-1]['raw'], embeddings, pairs, cohort, top_n)
-        return scores
+                scores['asnorm'] = tools.as_norm(scores['raw'], embeddings, pairs, cohort, top_n)
+            results.append({kind: (s, tools.operating_points(s, trials.labels)) for kind, s in scores.items()})
+        return results
+
+    def cohort(self, files):
+        """Cohort of as_norm, (speakers, 2, 192): the mean of embed_files over each speaker's files, a list for each, so
+        that a score against it is the mean of the scores against these.
+
+        Where the weights are those of a checkpoint, it is kept beside it until something that it depends on changes.
+        """
+        checkpoint, paths = self.checkpoint or {'path': '', 'sha256': ''}, [path for each in files for path in each]
+        kept_in = f'{checkpoint["path"]}.cohort.npz'
+        key = f'{checkpoint["sha256"]} {tools.digest(os.fsencode(repr(files)))}'
+        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(kept_in) as kept:
+            if str(kept['key']) == key:
+                return kept['cohort']
+        ends = np.cumsum([len(each) for each in files])
+        cohort = np.stack([part.mean(axis=0) for part in np.split(self.embed_files(paths), ends[:-1])])
+        if self.checkpoint and process_rank() == 0:
+            tools.write_whole(kept_in, lambda file: np.savez(file, key=key, cohort=cohort))
+        return cohort
 
     def embed(self, paths):
         """Unit embeddings of whole files, float32 (N, 192); other rates and channels are converted, with a note."""
@@ -267,29 +286,6 @@ class ECAPAModel(nn.Module):
         numbers = torch.tensor(numbers)
         return numbers.pin_memory().to(self.device, non_blocking=True) if self.on_gpu else numbers
 
-    def cohort(self, train_list, train_path, per_speaker, seed):
-        """Cohort of as_norm, (speakers, 2, 192): the mean of embed_files over some utterances of each training speaker,
-        so that a score against it is the mean of the scores against these utterances.
-
-        Where the weights are those of a checkpoint, it is kept beside it until something that it depends on changes.
-        """
-        _, labels, names, list_digest = read_train_list(train_list)
-        checkpoint = self.checkpoint or {'path': '', 'sha256': ''}
-        path = f'{checkpoint["path"]}.cohort.npz'
-        key = ' '.join([checkpoint['sha256'], list_digest, repr([train_path, per_speaker, seed])])
-        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(path) as kept:
-            if str(kept['key']) == key:
-                return kept['cohort']
-        groups = np.split(np.argsort(labels, kind='stable'), np.cumsum(np.bincount(labels))[:-1])
-        rng = np.random.default_rng(seed)
-        chosen = [rng.permutation(group)[:per_speaker] for group in groups]
-        embeddings = self.embed_files([os.path.join(train_path, names[i]) for group in chosen for i in group])
-        ends = np.cumsum([len(group) for group in chosen])
-        cohort = np.stack([part.mean(axis=0) for part in np.split(embeddings, ends[:-1])])
-        if self.checkpoint and process_rank() == 0:
-            tools.write_arrays(path, key=key, cohort=cohort)
-        return cohort
-
     def save_parameters(self, path):
         """Writes the flat state dict of the published format: speaker_encoder.* and speaker_loss.weight."""
         tools.write_whole(path, lambda file: torch.save(self.state_dict(), file))
@@ -306,26 +302,25 @@ class ECAPAModel(nn.Module):
         self.save_parameters(f'{path}.model')
         prune(folder, keep)
 
-    def resume(self, folder, identity, force=False):
+    def resume(self, folder, identity, force=False, keep=0):
         """Loads the newest checkpoint of a folder that can be read, with the optimiser's state beside it.
 
-        identity: {option: value} of what changes the numbers of this run. Raises BadInput, before anything is loaded,
-        where the checkpoint's differ, unless force is given. Returns the state without the optimiser's; {'epoch'} alone
-        where no checkpoint has one, as those of the published code; or None where there is nothing to resume.
+        identity: {option: value} of what changes the numbers of this run. Raises BadInput where the checkpoint's
+        differ, unless force is given; before anything is loaded, or removed as save_training says. Returns the state
+        without the optimiser's, with the options that `changed`; None where there is nothing to resume.
         """
         path, weights, state = newest_checkpoint(folder)
         if path is None:
             return None
         then = state.pop('identity', {})
-        changed = [f'--{name} {now} (was {then[name]})' for name, now in identity.items() if then.get(name, now) != now]
-        if changed and not force:
+        differ = [name for name in identity if then.get(name, identity[name]) != identity[name]]
+        state['changed'] = [f'--{name} {identity[name]} (was {then[name]})' for name in differ]
+        if differ and not force:
             raise BadInput(
                 f'{folder} holds a run with other options, which would change its numbers:\n'
-                + '\n'.join(changed)
+                + '\n'.join(state['changed'])
                 + '\nGive those it began with (options.txt), choose another --save_path, or add --force.'
             )
-        if changed:
-            say('\n  '.join(['note          --force: this run goes on with other options', *changed]))
         if self.load_weights(weights, path):
             raise BadInput(
                 f'{path}: cannot be continued: it has {checkpoint_sizes(weights)[1]} speakers, this run '
@@ -335,6 +330,8 @@ class ECAPAModel(nn.Module):
             self.optim.load_state_dict(state.pop('optim'))
         else:
             print(f'{path}: no usable .state beside it; the optimiser starts from the beginning', file=sys.stderr)
+        if process_rank() == 0:
+            prune(folder, keep)
         return state
 
     def load_parameters(self, path):
@@ -377,9 +374,8 @@ def choose_device(name='auto'):
     try:
         device = torch.device(name if name != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu')
         torch.empty(0, device=device)
-        if device.index is not None:
-            # Otherwise PyTorch puts some of its own things on the first GPU.
-            torch.cuda.set_device(device)
+        if device.type == 'cuda' and device.index:
+            torch.cuda.set_device(device)  # or PyTorch would put some of its own things on the first GPU
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f'--device {name}: not available here: {tools.summary(error)}') from error
     return device
@@ -396,8 +392,8 @@ def load_model(path, **kwargs):
     for name, found in sizes.items():
         if kwargs.get(name) not in (None, found):
             raise BadInput(f'--{name} {kwargs[name]} contradicts {path}, where it is {found}; leave it out')
-    options = dict(lr=0.001, lr_decay=0.97, m=0.2, s=30, test_step=1)
-    system = ECAPAModel(**{**options, **kwargs, **sizes})
+    options = {'lr': 0.001, 'lr_decay': 0.97, 'm': 0.2, 's': 30, 'test_step': 1, **kwargs, **sizes}
+    system = ECAPAModel(**options)
     system.load_weights(weights, path)
     system.checkpoint = {'path': path, 'sha256': sha256}
     return system

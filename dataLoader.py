@@ -41,27 +41,16 @@ class train_loader(Dataset):
     impulse responses. A label is the speaker's index in `speakers`, the sorted speakers of the list.
 
     dataset[index] draws from torch's generator, as any dataset; dataset[epoch, index] depends on seed, epoch and index
-    alone. Raises BadInput for lists and folders that cannot be used, and for audio when it is read.
+    alone. Raises BadInput for lists and folders that cannot be used.
 
     speed_perturb: adds every utterance at 0.9 and 1.1 of its speed, as of other speakers, since the pitch moves along:
     labels S to 2 S - 1 and 2 S to 3 S - 1 of a list of S speakers.
 
-    bad_audio: a text file that gets a line `path: reason` for each utterance whose file cannot be used, and which
-    another one of the speaker then replaces; without it, such a file is BadInput.
+    The attribute bad_audio may name a text file, which then gets a line `path: reason` for each utterance whose file
+    cannot be used, and which another one of the speaker replaces; otherwise such a file is BadInput.
     """
 
-    def __init__(
-        self,
-        train_list,
-        train_path,
-        musan_path,
-        rir_path,
-        num_frames,
-        seed=0,
-        speed_perturb=False,
-        bad_audio=None,
-        **kwargs,
-    ):
+    def __init__(self, train_list, train_path, musan_path, rir_path, num_frames, seed=0, speed_perturb=False, **kwargs):
         self.train_path = train_path
         self.length = num_frames * 160 + 240
         self.seed = seed
@@ -70,7 +59,7 @@ class train_loader(Dataset):
         self.n_class = len(self.speeds) * len(self.speakers)
         self.noises = {category: NoiseFiles(os.path.join(musan_path, category)) for category in NOISE_SNR}
         self.rirs = Strings(find_audio(rir_path, '--rir_path'))
-        self.bad_audio, self.bad_lines = bad_audio, 0
+        self.bad_audio, self.bad_lines = None, 0
 
     def __len__(self):
         return len(self.speeds) * len(self.labels)
@@ -122,7 +111,7 @@ class train_loader(Dataset):
     def read_utterance(self, utterance, length, rng):
         """`length` samples of an utterance or, where its file cannot be used, of another one of the speaker."""
         try:
-            return read_speech(self.path(utterance), length, rng)
+            return read_crop(self.path(utterance), length, rng, least=1)
         except BadInput as error:
             if not self.bad_audio:
                 raise
@@ -135,11 +124,14 @@ class train_loader(Dataset):
         same = np.flatnonzero(self.labels == self.labels[utterance]).tolist()
         for other in rng.sample(same, len(same)):
             with contextlib.suppress(BadInput):
-                return read_speech(self.path(other), length, rng)
+                return read_crop(self.path(other), length, rng, least=1)
         raise BadInput(f'speaker {self.speakers[self.labels[utterance]]} has no file that can be used: take them out')
 
-    def sort_bad_audio(self):
-        """Sorts the lines of the file bad_audio, each once; returns (how many were added since last time, lines)."""
+    def sort_bad_audio(self, max_bad=100):
+        """Sorts the lines of the file bad_audio, each once; returns how many were added since the last call.
+
+        Raises BadInput where these are more than max_bad percent of the utterances of an epoch.
+        """
         lines = []
         if os.path.exists(self.bad_audio):
             with open(self.bad_audio, encoding='utf-8', errors='surrogateescape') as file:
@@ -148,7 +140,12 @@ class train_loader(Dataset):
         if lines != distinct:
             write_text(self.bad_audio, ''.join(f'{line}\n' for line in distinct))
         added, self.bad_lines = len(lines) - self.bad_lines, len(distinct)
-        return added, distinct
+        if added > len(self) * max_bad / 100:
+            raise BadInput(
+                f'more than --max_bad {max_bad:g}% of the training files cannot be used, {added} of {len(self)} in '
+                f'this epoch; they are in {self.bad_audio}, the first:\n{distinct[0]}'
+            )
+        return added
 
 
 class NoiseFiles:
@@ -170,9 +167,6 @@ class NoiseFiles:
             return 1
         with open_audio(path) as file:
             return 1 + max(0, file.frames - PIECE) // PIECE_STEP
-
-    def __len__(self):
-        return len(self.paths)
 
     def draw(self, rng, length, count):
         """Yields `count` clips, float32 (length,), of different pieces where there are as many."""
@@ -307,40 +301,27 @@ def read_any(path, least=0):
     return enough(change_rate(audio, rate, RATE), path, least)
 
 
-def read_crop(path, length, rng, first=0, span=None, cached=False):
+def read_crop(path, length, rng, first=0, span=None, cached=False, least=0):
     """`length` samples from a position drawn uniformly, float32 (length,); what is too short is repeated.
 
     first, span: the part of the file, in samples, that the crop is drawn from if it fits there. cached: remember how
-    the file is laid out, for files that are read again and again.
+    the file is laid out, for files that are read again and again. least: as in read_audio, for a crop of zeros.
     """
-    layout = known_wav_layout(path) if cached else wav_layout(path)
+    layout, file = known_wav_layout(path) if cached else wav_layout(path), None
     if layout is None:
-        with open_audio(path) as file:
-            start = draw_start(rng, file.frames, length, first, span)
-            return fill(read_samples(file, start, length), length)
-    offset, frames = layout
-    offset += 2 * draw_start(rng, frames, length, first, span)
-    with open(path, 'rb', buffering=0) as file:
-        file.seek(offset)
-        return fill(to_float(np.frombuffer(file.read(2 * min(frames, length)), '<i2')), length)
-
-
-def read_speech(path, length, rng):
-    """read_crop of an utterance; BadInput also for a file that is silent throughout."""
-    audio = read_crop(path, length, rng)
-    if np.vdot(audio, audio) == 0:
-        read_audio(path, least=1)
-    return audio
-
-
-def draw_start(rng, frames, length, first, span):
-    """Where in a file of `frames` samples a crop starts, as read_crop draws it."""
+        file = open_audio(path)
+    offset, frames = layout or (0, file.frames)
     spare = min(frames - first, span or frames) - length
-    return first + (rng.randint(0, spare) if spare > 0 else 0)
-
-
-def fill(audio, length):
-    """audio (samples,), repeated as often as it takes to fill (length,)."""
+    start = first + (rng.randint(0, spare) if spare > 0 else 0)
+    if file:
+        with file:
+            audio = read_samples(file, start, length)
+    else:
+        with open(path, 'rb', buffering=0) as file:
+            file.seek(offset + 2 * start)
+            audio = to_float(np.frombuffer(file.read(2 * min(frames, length)), '<i2'))
+    if least and np.vdot(audio, audio) == 0:
+        read_audio(path, least)
     return audio if len(audio) == length else np.resize(audio, length)
 
 
@@ -524,6 +505,15 @@ def read_trial_lists(lists, folders):
     return list(places), trials
 
 
+def choose_cohort(train_list, train_path, per_speaker, seed):
+    """For each speaker of a training list the paths of up to per_speaker utterances, drawn at random."""
+    _, labels, names, _ = read_train_list(train_list)
+    speakers = np.split(np.argsort(labels, kind='stable'), np.cumsum(np.bincount(labels))[:-1])
+    rng = np.random.default_rng(seed)
+    chosen = [rng.permutation(utterances)[:per_speaker] for utterances in speakers]
+    return [[os.path.join(train_path, names[i]) for i in utterances] for utterances in chosen]
+
+
 def read_list(path, role):
     """Bytes of a text list."""
     require(os.path.isfile, path, role)
@@ -534,28 +524,22 @@ def read_list(path, role):
 def split_lines(content, count, path, role, labels=None):
     """Yields the fields, bytes, of each line that is not blank.
 
-    Raises BadInput that shows the first 20 lines with more or fewer than `count`, or a first one that is none of
-    `labels`; and where there is no line.
+    Raises BadInput that shows the first 20 lines with more or fewer than `count`, or whose first is none of `labels`;
+    and where there is no line.
     """
-    faults, empty = [], True
+    faults, found = [], False
     for number, line in enumerate(io.BytesIO(content), 1):
         fields = line.split()
-        if not fields:
-            continue
-        empty = False
-        if len(fields) != count:
-            fault = f'{count} fields expected, {len(fields)} found: {line.decode(errors="replace").strip()[:80]!r}'
-        elif labels and fields[0] not in labels:
-            fault = f'a label is 1 (same speaker) or 0: {fields[0].decode(errors="replace")[:80]!r}'
-        else:
+        if len(fields) == count and (labels is None or fields[0] in labels):
+            found = True
             yield fields
-            continue
-        faults.append(f'{path}, line {number}: {fault}')
-        if len(faults) == 20:
-            break
+        elif fields and len(faults) < 20:
+            wrong = f'{count} fields expected, {len(fields)} found'
+            wrong = wrong if len(fields) != count else 'a label is 1 (same speaker) or 0'
+            faults.append(f'{path}, line {number}: {wrong}: {line.decode(errors="replace").strip()[:80]!r}')
     if faults:
         raise BadInput('\n'.join([f'{role}: lines that cannot be read:', *faults]))
-    if empty:
+    if not found:
         raise BadInput(f'{role}: {path}: the file is empty')
 
 

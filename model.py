@@ -119,19 +119,10 @@ class ECAPA_TDNN(nn.Module):
 
     def __init__(self, C):
         super().__init__()
-        self.torchfbank = nn.Sequential(
-            PreEmphasis(),
-            torchaudio.transforms.MelSpectrogram(
-                sample_rate=16000,
-                n_fft=512,
-                win_length=400,
-                hop_length=HOP,
-                f_min=20,
-                f_max=7600,
-                window_fn=torch.hamming_window,
-                n_mels=80,
-            ),
-        )
+        mel = torchaudio.transforms.MelSpectrogram(
+            n_fft=512, win_length=400, hop_length=HOP, f_min=20, f_max=7600, n_mels=80, window_fn=torch.hamming_window
+        )  # of 16 kHz audio
+        self.torchfbank = nn.Sequential(PreEmphasis(), mel)
         self.specaug = FbankAug()
         self.conv1 = nn.Conv1d(80, C, kernel_size=5, stride=1, padding=2)
         self.relu = nn.ReLU()

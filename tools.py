@@ -203,11 +203,6 @@ def write_text(path, text):
     write_whole(path, lambda file: file.write(text.encode('utf-8', 'surrogateescape')))
 
 
-def write_arrays(path, **arrays):
-    """Writes an .npz of named arrays whole."""
-    write_whole(path, lambda file: np.savez(file, **arrays))
-
-
 def digest(content):
     """SHA-256 of bytes, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()

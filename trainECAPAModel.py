@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import datetime
-import functools
 import itertools
 import json
 import math
@@ -22,7 +21,7 @@ import torch.distributed as dist
 
 import dataLoader
 import tools
-from ECAPAModel import Diverged, ECAPAModel, checkpoint_sizes, load_model, prune, read_checkpoint, saved_models
+from ECAPAModel import Diverged, ECAPAModel, checkpoint_sizes, load_model, read_checkpoint, saved_models
 from tools import BadInput, process_count, process_rank, say
 
 
@@ -35,7 +34,7 @@ def make_parser():
         fromfile_prefix_chars='@',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.convert_arg_line_to_args = functools.partial(shlex.split, comments=True)
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
 
     add = parser.add_argument_group('training').add_argument
     add('--num_frames', type=number(int, 1), default=200, help='length of a training crop, in frames of 10 ms')
@@ -110,9 +109,12 @@ def main(argv=None):
     """Runs the command; exit status 2, with a sentence on standard error, for input that cannot be used."""
     args = make_parser().parse_args(argv)
     with sentences_for_people(args):
+        uses = {'eval': evaluate, 'embed': embed, 'verify': verify}
+        use = next((name for name in uses if getattr(args, name)), None)
+        if use and not args.initial_model:
+            raise BadInput(f'--{use} needs --initial_model, a checkpoint')
         join_processes(args)
-        command = embed if args.embed else verify if args.verify else evaluate if args.eval else train
-        command(args)
+        uses.get(use, train)(args)
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -120,12 +122,14 @@ def main(argv=None):
 def train(args):
     """Trains from where --save_path stands to --max_epoch, saving and testing every test_step epochs."""
     with first_process_first():
-        dataset = dataLoader.train_loader(**vars(args), bad_audio=os.path.join(args.save_path, 'bad_audio.txt'))
+        dataset = dataLoader.train_loader(**vars(args))
+        dataset.bad_audio = os.path.join(args.save_path, 'bad_audio.txt')
         eval_files, trial_lists = dataLoader.read_trial_lists(args.eval_list, args.eval_path)
+        pinned = args.device != 'cpu' and torch.cuda.is_available()
+        loader = dataLoader.make_batches(dataset, args.batch_size, args.n_cpu, pin_memory=pinned)
         if process_rank() == 0:
             dataLoader.check_data(dataset, eval_files, args.eval_path, args.check, args.n_cpu, args.max_bad)
     system, initial_weights = build(args, dataset.n_class)
-    loader = dataLoader.make_batches(dataset, args.batch_size, args.n_cpu, pin_memory=system.on_gpu)
     plan(system, loader, eval_files, trial_lists, args)
     if args.check:
         say('all is well: nothing was found that would stop this run')
@@ -136,8 +140,6 @@ def train(args):
     identity = what_changes_numbers(system, dataset, trial_lists, args)
     done, scores = start(system, initial_weights, identity, args)
     if process_rank() == 0:
-        # Not before: a run whose options are refused must not remove anything.
-        prune(args.model_save_path, args.keep)
         dataset.sort_bad_audio()
         write_options(args)
     if 'loss' in done and done['epoch'] not in [score[0] for score in scores]:
@@ -151,8 +153,9 @@ def train(args):
             loss, lr, accuracy = system.train_network(epoch, loader)
         except Diverged as error:
             raise explain(error, loader, args) from error
-        bad = count_replaced(dataset, args)
-        say(f'{clock()} epoch {epoch}, LR {lr:f}, LOSS {loss:f}, ACC {accuracy:2.2f}%{bad}')
+        replaced = dataset.sort_bad_audio(args.max_bad) if process_rank() == 0 else 0
+        bad = f', {replaced} utterances replaced ({dataset.bad_audio})' if replaced else ''
+        say(f'{time.strftime("%F %T")} epoch {epoch}, LR {lr:f}, LOSS {loss:f}, ACC {accuracy:2.2f}%{bad}')
         if epoch % args.test_step == 0:
             figures = {'loss': loss, 'lr': lr, 'accuracy': accuracy}
             if process_rank() == 0:
@@ -165,31 +168,31 @@ def train(args):
 
 def test(system, eval_files, trial_lists, scores, args, epoch, loss, lr, accuracy):
     """Scores --eval_list after an epoch, prints the figures, and adds a line to `scores` and score.txt."""
-    points = figures_of(system.score_lists(eval_files, trial_lists), trial_lists)
-    eer = points[0]['raw']['EER']['value']
+    results = system.score_lists(eval_files, trial_lists)
+    eer = results[0]['raw'][1]['EER']['value']
     best = min([eer, *(score[4] for score in scores)])
     scores.append((epoch, lr, loss, accuracy, eer, best))
     if process_rank() == 0:
         tools.write_text(args.score_save_path, ''.join(tools.SCORE_LINE % score for score in scores))
-    say(f'{clock()} epoch {epoch}, EER {eer:2.2f}%, best EER {best:2.2f}%\n{figures_table(points, trial_lists)}')
+    say(f'{time.strftime("%F %T")} epoch {epoch}, EER {eer:2.2f}%, best EER {best:2.2f}%')
+    say(figures_table(results, trial_lists))
 
 
 def evaluate(args):
     """Scores --initial_model on --eval_list, prints the figures and writes them and all scores below --save_path."""
+    earlier = read_results(args.save_path)
+    system = load_model(args.initial_model, **vars(args))
     with first_process_first():
         eval_files, trial_lists = dataLoader.read_trial_lists(args.eval_list, args.eval_path)
         if process_rank() == 0:
             dataLoader.check_audio(eval_files, '--eval_list')
-        earlier = read_results(args.save_path)
-    system = load_for_use(args, '--eval')
-    cohort = None
-    if args.score_norm == 'asnorm':
-        cohort = system.cohort(args.train_list, args.train_path, args.cohort_utterances, args.seed)
-    scores = system.score_lists(eval_files, trial_lists, cohort, args.top_n)
-    points = figures_of(scores, trial_lists)
-    say(f'{args.initial_model}\n{figures_table(points, trial_lists)}')
+        cohort_files = None
+        if args.score_norm == 'asnorm':
+            cohort_files = dataLoader.choose_cohort(args.train_list, args.train_path, args.cohort_utterances, args.seed)
+    results = system.score_lists(eval_files, trial_lists, cohort_files, args.top_n)
+    say(f'{args.initial_model}\n{figures_table(results, trial_lists)}')
     if process_rank() == 0:
-        write_results(earlier, scores, points, trial_lists, system.checkpoint, args)
+        write_results(earlier, results, trial_lists, system.checkpoint, args)
 
 
 # Machinery of training: the plan, the results folder, where a run stands, what ends it.
@@ -213,15 +216,13 @@ def build(args, speakers):
         if C not in (None, found):
             raise BadInput(f'--C {C} contradicts {args.initial_model}, which has {found} channels; leave --C out')
         C = found
-        if args.keep_classifier:
-            # After --speed_perturb the first third are the speakers at their own speed, in the same order.
-            if trained not in (speakers, 3 * speakers):
-                raise BadInput(
-                    f'--keep_classifier: {args.initial_model} was trained on {trained} speakers, {args.train_list} has '
-                    f'{speakers}: they must be as many, or a third after --speed_perturb; give the list that it was '
-                    'trained on'
-                )
-            n_class = trained
+        # After --speed_perturb the first third are the speakers at their own speed, in the same order.
+        if args.keep_classifier and trained not in (speakers, 3 * speakers):
+            raise BadInput(
+                f'--keep_classifier: {args.initial_model} was trained on {trained} speakers, {args.train_list} has '
+                f'{speakers}; they must be as many, or a third after --speed_perturb'
+            )
+        n_class = trained if args.keep_classifier else n_class
     C = C or 1024
     if C % 8:
         raise BadInput(f'--C {C}: the channels are cut into 8 groups, so it must be a multiple of 8')
@@ -231,8 +232,9 @@ def build(args, speakers):
 
 def plan(system, loader, eval_files, trial_lists, args):
     """Prints what the run will do; BadInput where there is no room for its results."""
-    dataset, encoder, classifier = loader.dataset, parameters_in(system.speaker_encoder), system.speaker_loss.weight
-    clips = ', '.join(f'{len(files)} {category}' for category, files in dataset.noises.items())
+    dataset, classifier = loader.dataset, system.speaker_loss.weight
+    encoder = sum(parameter.numel() for parameter in system.speaker_encoder.parameters())
+    clips = ', '.join(f'{len(files.paths)} {category}' for category, files in dataset.noises.items())
     processes = f'{process_count()} processes on ' if process_count() > 1 else ''
     trials = sum(len(trials.labels) for trials in trial_lists)
     say(
@@ -248,24 +250,17 @@ def plan(system, loader, eval_files, trial_lists, args):
     if args.max_epoch % args.test_step:
         say('note          the last epochs are neither tested nor saved: --max_epoch is no multiple of --test_step')
     with first_process_first():
-        check_room(system, args)
+        check_room(args, 4 * (encoder + classifier.numel()))
 
 
-def parameters_in(module):
-    """How many numbers a module learns."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def check_room(system, args):
-    """Raises BadInput where --save_path cannot be written or has no room for a checkpoint; says where it has too little
-    for the whole run.
-    """
+def check_room(args, size):
+    """BadInput where --save_path cannot be written or has no room for a checkpoint of `size` bytes."""
     folder = os.path.abspath(args.save_path)
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
         raise BadInput(f'--save_path {args.save_path}: {folder} cannot be written')
-    free, size = shutil.disk_usage(folder).free, 4 * parameters_in(system)
+    free = shutil.disk_usage(folder).free
     models = args.keep or max(0, args.max_epoch // args.test_step - len(saved_models(f'{args.save_path}/model')))
     # The .state files are twice as large; two are kept, and a third is there while it is written.
     needed = [size * (count + 6) for count in (2, models)]
@@ -282,7 +277,7 @@ def what_changes_numbers(system, dataset, trial_lists, args):
     """
     names = ['num_frames', 'batch_size', 'test_step', 'accumulate', 'freeze_epochs', 'speed_perturb', 'lr', 'lr_decay']
     names += ['m', 's', 'seed', 'initial_model']
-    noises = ' '.join(f'{len(files)}/{files.pieces[-1]}' for files in dataset.noises.values())
+    noises = ' '.join(f'{len(files.paths)}/{files.pieces[-1]}' for files in dataset.noises.values())
     return {
         **{name: getattr(args, name) for name in names},
         'C': system.speaker_encoder.conv1.out_channels,
@@ -301,14 +296,16 @@ def start(system, initial_weights, identity, args):
     Returns (the epoch done last with its figures, the scores up to it); score.txt is cut to these, so that an epoch
     that has to be trained again is not in it twice.
     """
-    done = system.resume(args.model_save_path, identity, args.force)
+    done = system.resume(args.model_save_path, identity, args.force, args.keep)
     if done:
-        say(f'start         after epoch {done["epoch"]}, from {args.model_save_path}')
+        notes = [f'after epoch {done["epoch"]}, from {args.model_save_path}']
+        notes += [f'--force: {change}' for change in done.pop('changed')]
     elif initial_weights:
         unfit = system.load_weights(initial_weights, args.initial_model)
-        say('\n  left out: '.join([f'start         from {args.initial_model}', *unfit]))
+        notes = [f'from {args.initial_model}', *(f'left out: {name}' for name in unfit)]
     else:
-        say('start         from random weights')
+        notes = ['from random weights']
+    say('start         ' + '\n  '.join(notes))
     done = done or {'epoch': 0}
     epochs = sorted(set(tools.gather([done['epoch']])))
     if len(epochs) > 1:
@@ -338,24 +335,6 @@ def versions():
     return {'python': platform.python_version(), **{name: metadata.version(name) for name in packages}}
 
 
-def clock():
-    """The time, for logs."""
-    return time.strftime('%Y-%m-%d %H:%M:%S')
-
-
-def count_replaced(dataset, args):
-    """What the log says of the utterances that were replaced in an epoch; BadInput where they are too many."""
-    if process_rank() > 0:
-        return ''
-    replaced, bad = dataset.sort_bad_audio()
-    if replaced > len(dataset) * args.max_bad / 100:
-        raise BadInput(
-            f'more than --max_bad {args.max_bad:g}% of the training files cannot be used, {replaced} of '
-            f'{len(dataset)} in this epoch; they are in {dataset.bad_audio}, the first:\n{bad[0]}'
-        )
-    return f', {replaced} utterances replaced ({dataset.bad_audio})' if replaced else ''
-
-
 def explain(error, loader, args):
     """BadInput for a loss that diverged (Diverged); leaves the batch in SAVE_PATH/bad_batch.pt."""
     rank = f'_{process_rank()}' if process_rank() else ''
@@ -374,31 +353,14 @@ def explain(error, loader, args):
 # Machinery of evaluation, and the other uses of a model.
 
 
-def load_for_use(args, option):
-    """The model of --initial_model, which `option` needs; its sizes are its own."""
-    if not args.initial_model:
-        raise BadInput(f'{option} needs --initial_model, a checkpoint')
-    return load_model(args.initial_model, **vars(args))
-
-
-def figures_of(scores, trial_lists):
-    """What operating_points says of score_lists' scores, for each list {'raw': it, and with a cohort 'asnorm': it}."""
-    return [
-        {kind: tools.operating_points(values, trials.labels) for kind, values in kinds.items()}
-        for kinds, trials in zip(scores, trial_lists)
-    ]
-
-
-def figures_table(points, trial_lists):
-    """What figures_of returns as the text of a table, a row a list."""
-    rows = [['list', 'trials', *tools.FIGURES] + [f'asnorm {name}' for name in tools.FIGURES] * ('asnorm' in points[0])]
-    for kinds, trials in zip(points, trial_lists):
-        figures = [
-            f'{figure["value"]:.2f}%' if name == 'EER' else f'{figure["value"]:.4f}'
-            for kind in kinds.values()
-            for name, figure in kind.items()
-        ]
-        rows.append([trials.path, f'{len(trials.labels):,}', *figures])
+def figures_table(results, trial_lists):
+    """The figures of score_lists' results as the text of a table, a row a list."""
+    header = [f'{kind} {name}'.removeprefix('raw ') for kind in results[0] for name in tools.FIGURES]
+    rows = [['list', 'trials', *header]]
+    for kinds, trials in zip(results, trial_lists):
+        values = [figure['value'] for _, figures in kinds.values() for figure in figures.values()]
+        cells = [f'{value:.2f}%' if i % 3 == 0 else f'{value:.4f}' for i, value in enumerate(values)]
+        rows.append([trials.path, f'{len(trials.labels):,}', *cells])
     return tools.table(rows)
 
 
@@ -419,27 +381,30 @@ def read_results(folder):
     return record
 
 
-def write_results(earlier, scores, points, trial_lists, checkpoint, args):
+def write_results(earlier, results, trial_lists, checkpoint, args):
     """Writes SAVE_PATH/results.json, and for each list scores/LIST.txt (`label score [normalised] enrolment test`).
 
     earlier: what results.json holds, whose other lists stay. Of two lists of one name, the second's file gets a number.
     """
     os.makedirs(os.path.join(args.save_path, 'scores'), exist_ok=True)
     lists = earlier['lists']
-    for trials, kinds, figures in zip(trial_lists, scores, points):
+    for trials, kinds in zip(trial_lists, results):
         taken = {path: os.path.basename(entry['scores']) for path, entry in lists.items()}
         stem = os.path.splitext(os.path.basename(trials.path))[0]
-        names = itertools.chain([f'{stem}.txt'], (f'{stem}_{number}.txt' for number in itertools.count(2)))
+        names = [f'{stem}.txt', *(f'{stem}_{number}.txt' for number in range(2, len(lists) + 3))]
         name = taken.get(trials.path) or next(name for name in names if name not in taken.values())
         path = os.path.join(args.save_path, 'scores', name)
-        columns = zip(*[[f'{score:.6f}' for score in kind] for kind in kinds.values()])
+        columns = zip(*[[f'{score:.6f}' for score in scores] for scores, _ in kinds.values()])
         rows = (
             ' '.join([str(label), *column, trials.names[a], trials.names[b]]) + '\n'
             for label, column, (a, b) in zip(trials.labels, columns, trials.pairs.tolist())
         )
         tools.write_text(path, ''.join(rows))
-        counts = {'trials': len(trials.labels), 'targets': int(trials.labels.sum())}
-        lists[trials.path] = {**counts, **figures, 'sha256': trials.digest, 'scores': path, 'checkpoint': checkpoint}
+        lists[trials.path] = {
+            **{'trials': len(trials.labels), 'targets': int(trials.labels.sum())},
+            **{kind: figures for kind, (_, figures) in kinds.items()},
+            **{'sha256': trials.digest, 'scores': path, 'checkpoint': checkpoint},
+        }
     about = {'seed': args.seed, 'options': vars(args), 'versions': versions()}
     record = {'checkpoint': checkpoint, 'lists': lists, **about}
     tools.write_text(os.path.join(args.save_path, 'results.json'), json.dumps(record, indent=2) + '\n')
@@ -447,7 +412,7 @@ def write_results(earlier, scores, points, trial_lists, checkpoint, args):
 
 def embed(args):
     """Writes SAVE_PATH/embeddings.npz: names (N,) and unit embeddings (N, 192) of the files of --embed."""
-    system = load_for_use(args, '--embed')
+    system = load_model(args.initial_model, **vars(args))
     if os.path.isdir(args.embed):
         paths = dataLoader.find_audio(args.embed, '--embed', any_format=True)
     else:
@@ -458,13 +423,13 @@ def embed(args):
     embeddings = system.embed(paths)
     if process_rank() == 0:
         os.makedirs(args.save_path, exist_ok=True)
-        tools.write_arrays(path, names=np.array(paths), embeddings=embeddings)
+        tools.write_whole(path, lambda file: np.savez(file, names=np.array(paths), embeddings=embeddings))
     say(f'{path}: {len(paths):,} embeddings of 192 numbers')
 
 
 def verify(args):
     """Prints the score of two recordings and, where the model's results.json is found, the decision."""
-    system = load_for_use(args, '--verify')
+    system = load_model(args.initial_model, **vars(args))
     score = tools.score_pairs(system.embed_files(args.verify, any_format=True), np.array([[0, 1]]))[0]
     say(f'score {score:.4f}')
     for folder in (args.save_path, os.path.dirname(os.path.dirname(os.path.abspath(args.initial_model)))):
@@ -510,8 +475,8 @@ def join_processes(args):
     # torchrun's own store stays after a restart: without a prefix, a process may find the address of a killed one.
     if os.environ['TORCHELASTIC_USE_AGENT_STORE'] == 'True':
         store = dist.PrefixStore(f'restart {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
-    where = {'backend': 'nccl' if on_gpu else 'gloo', 'device_id': gpu}
-    dist.init_process_group(store=store, rank=rank, world_size=size, timeout=patience, **where)
+    backend = 'nccl' if on_gpu else 'gloo'
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience, device_id=gpu)
 
 
 @contextlib.contextmanager

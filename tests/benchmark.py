@@ -413,8 +413,7 @@ def evaluation_rows(options, folder):
         scores['plain'] = plain_scores(embeddings, pairs)
 
     def ours():
-        paths, trial_lists = read_trial_lists([trials], [audio])
-        scores['ours'] = system.score_lists(paths, trial_lists)[0]['raw']
+        scores['ours'], _ = system.score_lists(*read_trial_lists([trials], [audio]))[0]['raw']
 
     row = compare(f'evaluation, C={C}, {files} files', 'files/s', timed(plain, files), timed(ours, files), least=2)
     difference = np.abs(scores['ours'] - np.array(scores['plain'])).max()

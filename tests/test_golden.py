@@ -157,10 +157,10 @@ def test_learning_rates(golden):
 def test_real_evaluation(golden, minivox, trained):
     expected = np.load(golden / 'evaluation.npz')
     paths, (trials,) = dataLoader.read_trial_lists([minivox / 'trials.txt'], [minivox / 'eval'])
-    (scores,) = trained.score_lists(paths, [trials])
+    scores, figures = trained.score_lists(paths, [trials])[0]['raw']
     assert np.array_equal(trials.labels, expected['labels'])
-    np.testing.assert_allclose(scores['raw'], expected['scores'], atol=1e-4)
-    points = [operating_points(values, trials.labels) for values in (scores['raw'], expected['scores'])]
+    np.testing.assert_allclose(scores, expected['scores'], atol=1e-4)
+    points = [figures, operating_points(expected['scores'], trials.labels)]
     found, given = ([p['EER']['value'], p['minDCF(0.05)']['value']] for p in points)
     assert '{:.2f} {:.4f}'.format(*found) == f'{expected["eer_percent"]:.2f} {expected["min_dcf_p005"]:.4f}'
     np.testing.assert_allclose(given, [expected['eer_percent'], expected['min_dcf_p005']], atol=1e-6)

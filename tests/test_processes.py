@@ -181,7 +181,9 @@ def launched(monkeypatch):
     store = torch.distributed.HashStore()
     monkeypatch.setattr('torch.distributed.rendezvous', lambda url, timeout: iter([(store, 1, 2)]))
     joined = {}
-    monkeypatch.setattr('torch.distributed.init_process_group', lambda **options: joined.update(options))
+    monkeypatch.setattr(
+        'torch.distributed.init_process_group', lambda backend, **options: joined.update(options, backend=backend)
+    )
     return joined
 
 

@@ -393,7 +393,8 @@ def test_the_replacement_is_of_the_same_speaker(tree):
     Path(tree['train_path'], UTTERANCE).unlink()
     names = ('train_list', 'train_path', 'musan_path', 'rir_path')
     options = {name: tree[name] for name in names}
-    dataset = dataLoader.train_loader(**options, num_frames=123, bad_audio=f'{tree["train_path"]}/bad.txt')
+    dataset = dataLoader.train_loader(**options, num_frames=123)
+    dataset.bad_audio = f'{tree["train_path"]}/bad.txt'
     dataset.augment = lambda audio, rng: audio
     position = dataset.labels.tolist().index(1) + 1
     for epoch in range(1, 5):
