@@ -286,6 +286,8 @@ class ECAPAModel(nn.Module):
         numbers = torch.tensor(numbers)
         return numbers.pin_memory().to(self.device, non_blocking=True) if self.on_gpu else numbers
 
+    # Machinery: saving, resuming and loading; below the class, devices and what can be wrong with a checkpoint.
+
     def save_parameters(self, path):
         """Writes the flat state dict of the published format: speaker_encoder.* and speaker_loss.weight."""
         tools.write_whole(path, lambda file: torch.save(self.state_dict(), file))
@@ -356,9 +358,6 @@ class ECAPAModel(nn.Module):
         self.load_state_dict({name: tensor for name, tensor in weights.items() if name not in unfit}, strict=False)
         self.checkpoint = None
         return unfit
-
-
-# Machinery: devices, checkpoints on disk, and what can be wrong with them.
 
 
 class Diverged(BadInput):

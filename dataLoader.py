@@ -197,7 +197,7 @@ def change_rate(audio, rate, new_rate):
 
 
 class EpochSampler(Sampler):
-    """Full batches of an epoch, lists of (epoch, index), in an order that depends on seed and epoch alone.
+    """Full batches of the epoch `epoch`, lists of (epoch, index), in an order that depends on seed and epoch alone.
 
     Each of several processes gets its part of every batch. What is left over at the end of an epoch is left out.
     """
@@ -207,10 +207,6 @@ class EpochSampler(Sampler):
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 1
-
-    def set_epoch(self, epoch):
-        """Chooses the epoch that the next iteration goes through."""
-        self.epoch = epoch
 
     def __len__(self):
         return self.size // self.batch_size
@@ -223,7 +219,7 @@ class EpochSampler(Sampler):
 
 
 def make_batches(dataset, batch_size, n_cpu, **kwargs):
-    """DataLoader of this process's part of full batches; loader.batch_sampler.set_epoch(epoch) before each epoch.
+    """DataLoader of this process's part of full batches; set loader.batch_sampler.epoch before each epoch.
 
     batch_size: of all processes together; kwargs: as DataLoader's, such as pin_memory for a GPU. Raises BadInput where
     the list has fewer utterances than a batch, or a batch cannot be divided.

@@ -33,7 +33,7 @@ class AAMsoftmax(nn.Module):
         # Where |cos| reaches 1 the root's slope is infinite, and the chain rule would make a NaN of it.
         sine = (1 - target * target).clamp(min=torch.finfo(target.dtype).eps).sqrt()
         with_margin = target * math.cos(self.m) - sine * math.sin(self.m)
-        # Past θ = π − m the cosine of θ + m would rise again; a straight line goes on falling.
+        # Past θ = π − m the cosine of θ + m would rise again; a line goes on falling.
         line = target - math.sin(math.pi - self.m) * self.m
         with_margin = torch.where(target > math.cos(math.pi - self.m), with_margin, line)
         logits = cosine.scatter(1, label.view(-1, 1), with_margin) * self.s

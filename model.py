@@ -216,7 +216,7 @@ def mean_over_time(x, mask=None):
 class Moments(torch.autograd.Function):
     """Mean and unbiased variance over time of x (B, channels, T): two of (B, channels).
 
-    Its own backward, as that of WeightedMoments, keeps and passes over fewer tensors of x's size than autograd's.
+    Its own backward, as that of WeightedMoments, keeps and reads fewer tensors of x's size than autograd's.
     """
 
     @staticmethod

@@ -148,7 +148,7 @@ def train(args):
     for epoch in range(done['epoch'] + 1, args.max_epoch + 1):
         # Seeding each epoch by its number makes a resumed epoch draw what an uninterrupted run would have.
         torch.manual_seed(int(np.random.SeedSequence([args.seed, epoch, process_rank()]).generate_state(1)[0]))
-        loader.batch_sampler.set_epoch(epoch)
+        loader.batch_sampler.epoch = epoch
         try:
             loss, lr, accuracy = system.train_network(epoch, loader)
         except Diverged as error:

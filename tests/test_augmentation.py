@@ -170,7 +170,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(tree):
     def samples(seed, epoch, n_cpu):
         dataset = train_loader(**{**tree, 'num_frames': 50, 'seed': seed})
         loader = make_batches(dataset, batch_size=4, n_cpu=n_cpu)
-        loader.batch_sampler.set_epoch(epoch)
+        loader.batch_sampler.epoch = epoch
         return [torch.cat([audio, labels[:, None]], dim=1) for audio, labels in loader]
 
     first = samples(1, 1, 0)
@@ -198,7 +198,7 @@ def test_labels_are_the_sorted_speakers(tmp_path, tree):
     assert dataset.path(2).endswith('train/id2/session/00000.wav')
 
 
-def test_a_plain_index_draws_anew_each_time(tree):
+def test_a_plain_index_draws_differently_each_time(tree):
     """A script that wraps the dataset in a loader of its own must not get the same crop every epoch."""
     dataset = train_loader(**{**tree, 'num_frames': 50})
     torch.manual_seed(11)

@@ -124,7 +124,7 @@ def test_resume_passes_over_a_damaged_checkpoint(voices, trained, tmp_path, caps
 
 
 def test_a_checkpoint_of_the_published_code_is_continued(voices, trained, tmp_path, capsys):
-    """It has no state beside it: weights and best EER carry over, the optimiser starts afresh."""
+    """It has no state beside it: weights and best EER carry over, the optimiser starts from the beginning."""
     folder = tmp_path / 'exp'
     (folder / 'model').mkdir(parents=True)
     (folder / 'model/model_0004.model').write_bytes((trained / 'model/model_0004.model').read_bytes())

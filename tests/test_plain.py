@@ -59,7 +59,7 @@ def test_margin_on_the_target_column_alone():
     ours, dense = AAMsoftmax(50, m=0.2, s=30), plain.PlainAAM(50, m=0.2, s=30)
     dense.weight.data = ours.weight.data.clone()
     label = torch.randint(50, (16,))
-    # Some embeddings lie more than π − m from their speaker, where the margin is a straight line.
+    # Some embeddings lie more than π − m from their speaker, where the margin is a line.
     x = torch.randn(16, 192)
     x[:4] = -ours.weight.data[label[:4]] + 0.001 * torch.randn(4, 192)
     results = []
