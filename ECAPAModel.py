@@ -36,8 +36,9 @@ class ECAPAModel(nn.Module):
     """Speaker encoder and AAM-softmax classifier, with the optimiser that trains them.
 
     lr: learning rate of Adam, multiplied by lr_decay every test_step epochs; C: channels of the encoder; n_class:
-    speakers; m, s: margin and scale of AAM-softmax; device: as in choose_device; precision: 'fp32', 'bf16' (the
-    encoder's convolutions; features, pooling statistics and loss stay float32) or 'auto', bf16 on a GPU that has it;
+    speakers; m, s: margin and scale of AAM-softmax; device: as in choose_device; precision: 'bf16' (the encoder's
+    convolutions; features, pooling statistics and loss stay float32), 'fp32' (as PyTorch has it: on a GPU convolutions
+    round to TF32), 'exact' (float32 without TF32) or 'auto', bf16 on a GPU that has it, else fp32;
     compile: whether to compile the encoder's body for training; n_cpu: processes that read files in evaluation;
     accumulate: parts that a batch goes through the network in, to save memory; freeze_epochs: first epochs that train
     the classifier alone.
@@ -68,6 +69,7 @@ class ECAPAModel(nn.Module):
         self.on_gpu = self.device.type == 'cuda'
         if precision == 'auto':
             precision = 'bf16' if self.on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else 'fp32'
+        torch.backends.cudnn.allow_tf32 = precision != 'exact'
         self.precision = precision
         self.n_cpu, self.accumulate, self.freeze_epochs = n_cpu, accumulate, freeze_epochs
         self.warned_of_waiting, self.checkpoint = False, None
@@ -370,13 +372,16 @@ class Diverged(BadInput):
 
 def choose_device(name='auto'):
     """torch.device of 'auto' (cuda if there is one, else cpu) or of a device's name; BadInput if it is not there."""
+    there = glob.glob('/dev/nvidia[0-9]*') if os.environ.get('CUDA_VISIBLE_DEVICES') not in ('', '-1') else []
+    hint = ' (this machine has a GPU: update its driver, or give --device cpu)' if there and name == 'auto' else ''
     try:
-        device = torch.device(name if name != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu')
+        # A GPU that cannot be used is an error: two days on the CPU by accident would be a lost run.
+        device = torch.device(name if name != 'auto' else 'cuda' if hint or torch.cuda.is_available() else 'cpu')
         torch.empty(0, device=device)
         if device.type == 'cuda' and device.index:
             torch.cuda.set_device(device)  # or PyTorch would put some of its own things on the first GPU
     except (RuntimeError, AssertionError) as error:
-        raise BadInput(f'--device {name}: not available here: {tools.summary(error)}') from error
+        raise BadInput(f'--device {name}: not available here: {tools.summary(error)}{hint}') from error
     return device
 
 

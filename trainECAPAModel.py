@@ -49,8 +49,8 @@ def make_parser():
     add('--lr_decay', type=number(float, 0), default=0.97, help='factor on the learning rate every test_step epochs')
     add('--seed', type=number(int, 0), default=10, help='seed of everything drawn at random')
     add('--device', default='auto', help='auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, ...')
-    precisions = ('auto', 'fp32', 'bf16')
-    add('--precision', choices=precisions, default='auto', help='auto: bf16 on a GPU that has it, else fp32')
+    precisions = ('auto', 'bf16', 'fp32', 'exact')
+    add('--precision', choices=precisions, default='auto', help='auto: bf16 if a GPU has it, else fp32; exact: no TF32')
     add('--compile', action='store_true', help='compile the encoder for training: minutes at the start, then faster')
 
     add = parser.add_argument_group('data').add_argument
