@@ -63,8 +63,12 @@ def test_the_demo_trains_on_enough_speakers():
 
 
 @pytest.mark.slow
-def test_training_learns_the_voice(tmp_path, capsys):
-    """EER on unseen voices: trained, under that of the untrained network and of one trained on shuffled labels."""
+def test_training_learns_the_voice(tmp_path, capsys, short_crops):
+    """EER on unseen voices: trained, under that of the untrained network and of one trained on shuffled labels.
+
+    With five seeds, each with PyTorch's kernels for three kinds of processors, trained EERs were 14.9 to 18.8 %; the
+    ratio to untrained was 0.43 on average, with a deviation of 0.044, and that to shuffled labels 0.41 and 0.046.
+    """
     corpus = tmp_path / 'corpus'
     voices.make_corpus(corpus, train_speakers=20, test_speakers=8, utterances=8, seconds=2.5)
     train_list = corpus / 'VoxCeleb2/train_list.txt'
@@ -78,17 +82,17 @@ def test_training_learns_the_voice(tmp_path, capsys):
         'eval_path': corpus / 'VoxCeleb1/test/wav',
         'musan_path': corpus / 'musan_split',
         'rir_path': corpus / 'simulated_rirs',
-        **{'C': 32, 'num_frames': 100, 'batch_size': 16, 'n_cpu': 1, 'device': 'cpu'},
+        **{'C': 64, 'num_frames': 100, 'batch_size': 16, 'n_cpu': 1, 'device': 'cpu'},
     }
     eers = {}
     for name, path in (('trained', train_list), ('shuffled', shuffled)):
         folder = tmp_path / name
         trainECAPAModel.main(
-            command_line(**options, train_list=path, save_path=folder, max_epoch=16, test_step=16, lr=0.002)
+            command_line(**options, train_list=path, save_path=folder, max_epoch=8, test_step=8, lr=0.0005, s=10)
         )
         eers[name] = read_scores(folder / 'score.txt')[-1][4]
     torch.manual_seed(0)
-    system = ECAPAModel(lr=0.001, lr_decay=0.97, C=32, n_class=2, m=0.2, s=30, test_step=1, device='cpu')
+    system = ECAPAModel(lr=0.001, lr_decay=0.97, C=64, n_class=2, m=0.2, s=30, test_step=1, device='cpu')
     system.save_parameters(tmp_path / 'untrained.model')
     capsys.readouterr()
     scored = {name: options[name] for name in ('eval_list', 'eval_path', 'device')}
