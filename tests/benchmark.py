@@ -22,6 +22,9 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -298,6 +301,55 @@ def step_rows(options, folder):
         yield compare(f'step {name}, C={channels}', 'utt/s', slow, measure(step), least=2, work=(flops, peak))
 
 
+# traffic: what a step asks of a GPU, counted on tensors without numbers.
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the kernels of the operations inside it, views left out, and the bytes that they read and write."""
+
+    kernels = size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.namespace == 'aten' and not function.is_view and function is not torch.ops.aten.detach.default:
+            tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+            self.kernels += 1
+            self.size += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return result
+
+
+def step_traffic(side, C, batch_size, precision):
+    """(Kernels, bytes) of an optimiser step that is not compiled."""
+    if side == 'ours':
+        system = ECAPAModel(0.001, 0.97, C, SPEAKERS, 0.2, 30, test_step=1, device='cpu', precision=precision).train()
+        step = system.train_step
+    else:
+        encoder, classifier = PlainECAPA(C).train(), PlainAAM(SPEAKERS, 0.2, 30)
+        optimiser = torch.optim.Adam([*encoder.parameters(), *classifier.parameters()], fused=True)
+
+        def step(audio, labels):
+            # Without SpecAugment, whose plain form reads numbers, which are not there.
+            classifier(encoder(audio, aug=False), labels)[0].backward()
+            optimiser.step()
+
+    with FakeTensorMode(allow_non_fake_inputs=True), Traffic() as traffic:
+        step(torch.empty(batch_size, 200 * 160 + 240), torch.zeros(batch_size, dtype=torch.long))
+    return traffic.kernels, traffic.size
+
+
+def traffic_rows(options, folder):
+    """At the size of a GPU, whatever this machine is."""
+    C, batch_size = (16, 4) if options.quick else (1024, 400)
+    plain = step_traffic('plain', C, batch_size, 'fp32')
+    for precision in ('fp32', 'bf16'):
+        ours = step_traffic('ours', C, batch_size, precision)
+        cells = (f'{kernels:,} kernels, {size / 1e9:.1f} GB' for kernels, size in (ours, plain))
+        note = 'counted, not timed; plain is in float32, without SpecAugment'
+        yield Row(
+            f'traffic of a step, {precision}, C={C}, batch {batch_size}', *cells, f'{plain[1] / ours[1]:.2f}', '', note
+        )
+
+
 # precision: training in bfloat16 and in float32.
 
 
@@ -515,6 +567,7 @@ def machine(device):
 SECTIONS = {
     'loader': loader_rows,
     'step': step_rows,
+    'traffic': traffic_rows,
     'pipeline': pipeline_rows,
     'evaluation': evaluation_rows,
     'scoring': scoring_rows,

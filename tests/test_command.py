@@ -11,6 +11,7 @@ import torch
 from conftest import command_line, weights
 from voices import make_corpus
 
+import dataLoader
 import trainECAPAModel
 from ECAPAModel import ECAPAModel
 from tools import read_scores
@@ -181,6 +182,17 @@ def test_a_recipe_is_read_where_it_stands(tmp_path):
     parse = trainECAPAModel.make_parser().parse_args
     args = parse(['--lr', '0.1', f'@{tmp_path}/recipe.txt', '--C', '128'])
     assert (args.C, args.lr, args.save_path) == (128, 0.01, 'exps/with space')
+
+
+def test_memory_is_pinned_for_a_gpu_alone(voices, tmp_path, monkeypatch):
+    """Pinning opens a context on a GPU, which a run on the CPU has no use for."""
+    pinned, make_batches = [], dataLoader.make_batches
+    monkeypatch.setattr(
+        dataLoader, 'make_batches', lambda *args, **how: pinned.append(how['pin_memory']) or make_batches(*args)
+    )
+    monkeypatch.setattr('torch.cuda.is_available', lambda: True)
+    run(voices, '--check', save_path=tmp_path / 'exp')
+    assert pinned == [False]
 
 
 def test_defaults_of_the_published_command():

@@ -314,9 +314,10 @@ def test_the_loader_is_named_where_it_is_the_bottleneck(tree, capsys):
 
 @pytest.mark.slow
 def test_the_benchmark_runs():
-    command = [sys.executable, ROOT / 'tests' / 'benchmark.py', '--quick', 'pipeline', 'evaluation', 'scoring', 'lists']
+    command = [sys.executable, ROOT / 'tests' / 'benchmark.py', '--quick', 'traffic', 'pipeline', 'evaluation']
+    command += ['scoring', 'lists']
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     table = done.stdout.partition('memory, ours / plain')[2]
-    for row in ('pipeline', 'evaluation', 'scoring', 'as-norm', 'training list'):
+    for row in ('traffic of a step, bf16', 'pipeline', 'evaluation', 'scoring', 'as-norm', 'training list'):
         assert row in table

@@ -143,6 +143,29 @@ def test_a_restarted_job_goes_on_after_the_last_checkpoint(tree, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_check_goes_through_the_files_once(tree, tmp_path):
+    """In the first of two processes: every file of the training list is read one time."""
+    script = tmp_path / 'watched.py'
+    script.write_text(
+        'import dataLoader, trainECAPAModel\n'
+        'read_audio = dataLoader.read_audio\n'
+        'def watched(path, least=0):\n'
+        '    with open("read.txt", "a") as file:\n'
+        '        file.write(f"{path}\\n")\n'
+        '    return read_audio(path, least)\n'
+        'dataLoader.read_audio = watched\n'
+        'trainECAPAModel.main()\n'
+    )
+    done = torchrun(script, '--check', *command_line(**{**SMALL, **tree, 'n_cpu': 0}), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('all is well') == 1
+    paths = (tmp_path / 'read.txt').read_text().splitlines()
+    for folder in ('train_path', 'eval_path', 'musan_path', 'rir_path'):
+        files = sorted(str(path) for path in Path(tree[folder]).rglob('*.wav'))
+        assert sorted(path for path in paths if path.startswith(tree[folder])) == files
+
+
+@pytest.mark.slow
 def test_what_is_wrong_is_said_once(tree, tmp_path):
     os.remove(tree['eval_list'])
     done = torchrun(ROOT / 'trainECAPAModel.py', *command_line(**{**SMALL, **tree}), cwd=tmp_path)
