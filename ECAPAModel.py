@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import io
+import math
 import os
 import re
 import sys
@@ -35,13 +36,15 @@ LONGEST = 300 * RATE  # samples of a recording that is embedded in one piece
 class ECAPAModel(nn.Module):
     """Speaker encoder and AAM-softmax classifier, with the optimiser that trains them.
 
-    lr: learning rate of Adam, multiplied by lr_decay every test_step epochs; C: channels of the encoder; n_class:
-    speakers; m, s: margin and scale of AAM-softmax; device: as in choose_device; precision: 'bf16' (the encoder's
-    convolutions; features, pooling statistics and loss stay float32), 'fp32' (as PyTorch has it: on a GPU convolutions
-    round to TF32), 'exact' (float32 without TF32) or 'auto', bf16 on a GPU that has it, else fp32;
-    compile: whether to compile the encoder's body for training; n_cpu: processes that read files in evaluation;
-    accumulate: parts that a batch goes through the network in, to save memory; freeze_epochs: first epochs that train
-    the classifier alone.
+    lr: learning rate, multiplied by lr_decay every test_step epochs (schedule 'step'), or falling to min_lr at
+    max_epoch ('cosine'), after `warmup` epochs in which it grows from 0; optimizer: 'adam' or 'sgd'; clip: largest norm
+    of the gradient, if not 0; C: channels of the encoder; n_class: speakers; m, s: margin and scale of AAM-softmax;
+    margin_from: the margin up to the first of margin_epochs, from where it grows to m at the second; no_specaug: no
+    SpecAugment; device: as in choose_device; precision: 'bf16' (the encoder's convolutions; features, pooling
+    statistics and loss stay float32), 'fp32' (as PyTorch has it: on a GPU convolutions round to TF32), 'exact' (float32
+    without TF32) or 'auto', bf16 on a GPU that has it, else fp32; compile: whether to compile the encoder's body for
+    training; n_cpu: processes that read files in evaluation; accumulate: parts that a batch goes through the network
+    in, to save memory; freeze_epochs: first epochs that train the classifier alone.
 
     Where processes train together (torch.distributed is initialised), gradients are averaged over them, and batch norms
     use the statistics of all of them.
@@ -62,6 +65,16 @@ class ECAPAModel(nn.Module):
         n_cpu=0,
         accumulate=1,
         freeze_epochs=0,
+        optimizer='adam',
+        weight_decay=2e-5,
+        clip=0.0,
+        schedule='step',
+        min_lr=0.0,
+        warmup=0.0,
+        max_epoch=80,
+        margin_from=None,
+        margin_epochs=(0, 1),
+        no_specaug=False,
         **kwargs,
     ):
         super().__init__()
@@ -80,16 +93,38 @@ class ECAPAModel(nn.Module):
             for tensor in self.state_dict().values():
                 dist.broadcast(tensor, 0)
         self.train_encode = torch.compile(self.speaker_encoder.encode) if compile else self.speaker_encoder.encode
-        self.optim = torch.optim.Adam(self.parameters(), lr=lr, weight_decay=2e-5, fused=True)
+        if no_specaug:
+            self.speaker_encoder.specaug = nn.Identity()
+        settings = {'lr': lr, 'weight_decay': weight_decay, 'fused': True}
+        if optimizer == 'sgd':
+            self.optim = torch.optim.SGD(self.parameters(), momentum=0.9, nesterov=True, **settings)
+        else:
+            self.optim = torch.optim.Adam(self.parameters(), **settings)
+        self.clip, self.schedule, self.lr, self.min_lr = clip, schedule, lr, min_lr
+        self.warmup, self.max_epoch = warmup, max_epoch
+        self.margins, self.margin_epochs = (m if margin_from is None else margin_from, m), margin_epochs
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optim, step_size=test_step, gamma=lr_decay)
 
-    def set_learning_rate(self, epoch):
-        """Sets and returns the learning rate of an epoch, counted from 1: a function of the epoch alone."""
+    def set_learning_rate(self, epoch, share=0.0):
+        """Sets the learning rate and the margin where a share (0 to 1) of an epoch (from 1) is done; returns the rate.
+
+        Both are functions of these two alone, so the same after a resume and for any number of processes.
+        """
+        done = epoch - 1 + share
         with warnings.catch_warnings():
             # PyTorch deprecates the argument, which is what makes the schedule independent of the epochs run before.
             warnings.simplefilter('ignore', UserWarning)
             self.scheduler.step(epoch - 1)
-        return self.optim.param_groups[0]['lr']
+        group = self.optim.param_groups[0]
+        if self.schedule == 'cosine':
+            fallen = min(1, max(0, done - self.warmup) / max(1e-9, self.max_epoch - self.warmup))
+            group['lr'] = self.min_lr + (self.lr - self.min_lr) * (1 + math.cos(math.pi * fallen)) / 2
+        if done < self.warmup:
+            group['lr'] *= done / self.warmup
+        (first, last), (begin, end) = self.margins, self.margin_epochs
+        grown = min(1, max(0, done - begin) / max(1e-9, end - begin))
+        self.speaker_loss.m = first + (last - first) * grown
+        return group['lr']
 
     def forward(self, audio, labels):
         """Loss and accuracy in percent of waveforms (B, samples), masked at random, with labels (B,)."""
@@ -118,6 +153,8 @@ class ECAPAModel(nn.Module):
             for parameter, part in zip(parameters, mean.split([p.numel() for p in parameters])):
                 parameter.grad = part.view_as(parameter)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if self.clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
         self.optim.step()
         return torch.cat([totals, norm.view(1)])
 
@@ -131,12 +168,12 @@ class ECAPAModel(nn.Module):
         self.train()
         self.checkpoint = None
         self.speaker_encoder.train(epoch > self.freeze_epochs).requires_grad_(epoch > self.freeze_epochs)
-        lr = self.set_learning_rate(epoch)
         steps, not_seen, totals = 0, [], torch.zeros(3, dtype=torch.float64)
         begin = asked = time.perf_counter()
         seconds_waited = 0.0
         with tqdm(desc=f'epoch {epoch}', total=len(loader), unit='step', disable=process_rank() > 0 or None) as bar:
             for steps, batch in enumerate(loader, 1):
+                lr = self.set_learning_rate(epoch, (steps - 1) / len(loader))
                 # The first batch takes as long as the workers take to start.
                 seconds_waited += time.perf_counter() - asked if steps > 1 else 0
                 audio, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
@@ -176,18 +213,24 @@ class ECAPAModel(nn.Module):
         _, figures = self.score_lists(*read_trial_lists([eval_list], [eval_path]))[0]['raw']
         return figures['EER']['value'], figures['minDCF(0.05)']['value']
 
-    def score_lists(self, paths, trial_lists, cohort_files=None, top_n=400):
+    def score_lists(self, paths, trial_lists, cohort_files=None, top_n=None, subtract_mean=False):
         """Scores and figures of what read_trial_lists returns: for each list {'raw': (scores (N,), operating_points)}.
 
-        cohort_files: what choose_cohort returns; then there is 'asnorm' too, by the top_n closest of these speakers.
+        cohort_files: what choose_cohort returns. With top_n there is 'asnorm' too, by the top_n closest of these
+        speakers. With subtract_mean there are also 'centred' and 'centred asnorm': of embeddings less these speakers'
+        mean, scaled to unit length again, as the cohort's are.
         """
         cohort = None if cohort_files is None else self.cohort(cohort_files)
-        embeddings, results = self.embed_files(paths), []
+        spaces, results = {'': (self.embed_files(paths), cohort)}, []
+        if subtract_mean:
+            centred = (vectors - cohort.mean(axis=0) for vectors in spaces[''])
+            spaces['centred '] = tuple(vectors / np.linalg.norm(vectors, axis=2, keepdims=True) for vectors in centred)
         for trials in trial_lists:
-            pairs = trials.rows[trials.pairs]
-            scores = {'raw': tools.score_pairs(embeddings, pairs)}
-            if cohort is not None:
-                scores['asnorm'] = tools.as_norm(scores['raw'], embeddings, pairs, cohort, top_n)
+            pairs, scores = trials.rows[trials.pairs], {}
+            for space, (embeddings, speakers) in spaces.items():
+                raw = scores[space.strip() or 'raw'] = tools.score_pairs(embeddings, pairs)
+                if top_n:
+                    scores[f'{space}asnorm'] = tools.as_norm(raw, embeddings, pairs, speakers, top_n)
             results.append({kind: (s, tools.operating_points(s, trials.labels)) for kind, s in scores.items()})
         return results
 

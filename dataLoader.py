@@ -44,25 +44,39 @@ class train_loader(Dataset):
     alone. Raises BadInput for lists and folders that cannot be used.
 
     speed_perturb: adds every utterance at 0.9 and 1.1 of its speed, as of other speakers, since the pitch moves along:
-    labels S to 2 S - 1 and 2 S to 3 S - 1 of a list of S speakers.
+    labels S to 2 S - 1 and 2 S to 3 S - 1 of a list of S speakers. 'drawn': one of the three for each crop, equally
+    likely, so that there are no more utterances. augment: share of the crops that is augmented.
 
     The attribute bad_audio may name a text file, which then gets a line `path: reason` for each utterance whose file
     cannot be used, and which another one of the speaker replaces; otherwise such a file is BadInput.
     """
 
-    def __init__(self, train_list, train_path, musan_path, rir_path, num_frames, seed=0, speed_perturb=False, **kwargs):
+    def __init__(
+        self,
+        train_list,
+        train_path,
+        musan_path,
+        rir_path,
+        num_frames,
+        seed=0,
+        speed_perturb=False,
+        augment=5 / 6,
+        **kwargs,
+    ):
         self.train_path = train_path
         self.length = num_frames * 160 + 240
         self.seed = seed
         self.speakers, self.labels, self.names, self.list_digest = read_train_list(train_list)
         self.speeds = SPEEDS if speed_perturb else SPEEDS[:1]
+        self.speed_drawn = speed_perturb == 'drawn'
+        self.augmented = augment
         self.n_class = len(self.speeds) * len(self.speakers)
         self.noises = {category: NoiseFiles(os.path.join(musan_path, category)) for category in NOISE_SNR}
         self.rirs = Strings(find_audio(rir_path, '--rir_path'))
         self.bad_audio, self.bad_lines = None, 0
 
     def __len__(self):
-        return len(self.speeds) * len(self.labels)
+        return len(self.labels) * (1 if self.speed_drawn else len(self.speeds))
 
     def __getitem__(self, index):
         if isinstance(index, tuple):
@@ -72,6 +86,8 @@ class train_loader(Dataset):
         else:
             rng = random.Random(int(torch.randint(2**63 - 1, ())))
         version, utterance = divmod(index, len(self.labels))
+        if self.speed_drawn:
+            version = rng.randrange(len(self.speeds))
         speed = self.speeds[version]
         audio = self.read_utterance(utterance, -(-self.length * speed // 100), rng)
         audio = change_rate(audio, speed, 100)[: self.length]
@@ -79,8 +95,8 @@ class train_loader(Dataset):
         return torch.from_numpy(self.augment(audio, rng)), label
 
     def augment(self, audio, rng):
-        """One of six, equally likely: clean, reverberation, babble, music, noise, television (babble and music)."""
-        kind = rng.randrange(6)
+        """One of five, equally likely: reverberation, babble, music, noise, television (babble and music); or clean."""
+        kind = rng.randrange(6) if self.augmented == 5 / 6 else (rng.random() < self.augmented) * rng.randint(1, 5)
         if kind == 1:
             return self.add_rev(audio, rng)
         for category in ((), (), ('speech',), ('music',), ('noise',), ('speech', 'music'))[kind]:

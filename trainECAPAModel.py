@@ -44,9 +44,14 @@ def make_parser():
     add('--test_step', type=number(int, 1), default=1, help='save, test and lower the rate every so many epochs')
     add('--accumulate', type=number(int, 1), default=1, help='parts of a batch, one after another, to save memory')
     add('--freeze_epochs', type=number(int, 0), default=0, help='first epochs that train the classifier alone')
-    add('--speed_perturb', action='store_true', help='add all speakers at 0.9 and 1.1 of their speed, as new speakers')
-    add('--lr', type=number(float, 0), default=0.001, help='learning rate of Adam')
-    add('--lr_decay', type=number(float, 0), default=0.97, help='factor on the learning rate every test_step epochs')
+    add('--optimizer', choices=('adam', 'sgd'), default='adam', help='sgd: with Nesterov momentum 0.9')
+    add('--weight_decay', type=number(float, 0), default=2e-5, help='of all weights')
+    add('--clip', type=number(float, 0), default=0.0, help='largest norm of the gradient (0: any)')
+    add('--lr', type=number(float, 0), default=0.001, help='learning rate')
+    add('--schedule', choices=('step', 'cosine'), default='step', help='cosine: from --lr to --min_lr at --max_epoch')
+    add('--lr_decay', type=number(float, 0), default=0.97, help='step: factor on the rate every test_step epochs')
+    add('--min_lr', type=number(float, 0), default=0.0, help='cosine: learning rate at the end')
+    add('--warmup', type=number(float, 0), default=0.0, help='first epochs, in which the rate grows from 0')
     add('--seed', type=number(int, 0), default=10, help='seed of everything drawn at random')
     add('--device', default='auto', help='auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, ...')
     precisions = ('auto', 'bf16', 'fp32', 'exact')
@@ -65,12 +70,32 @@ def make_parser():
     add('--keep', type=number(int, 0), default=0, help='newest checkpoints to keep (0: all of them)')
     add('--max_bad', type=number(float, 0, 100), default=1.0, help='percent of training files that may be unusable')
     add('--force', action='store_true', help='continue a run although options that change its numbers differ')
+    add(
+        '--speed_perturb',
+        nargs='?',
+        const=True,
+        default=False,
+        choices=('drawn',),
+        help='add all speakers at 0.9 and '
+        '1.1 of their speed, as new speakers; drawn: of a crop one of the three, so that epochs stay as long',
+    )
+    add('--augment', type=number(float, 0, 1), default=5 / 6, help='share of the crops that is augmented')
+    add('--no_specaug', action='store_true', help='no SpecAugment')
     add('--initial_model', default='', help='checkpoint to start from, or to score with --eval')
     add('--keep_classifier', action='store_true', help="train on the speakers of --initial_model's classifier, or stop")
 
     add = parser.add_argument_group('model and loss').add_argument
     add('--C', type=number(int, 8), help='channels; without it those of --initial_model, else 1024')
     add('--m', type=number(float, 0, math.pi), default=0.2, help='margin of AAM-softmax, in radians')
+    add('--margin_from', type=number(float, 0, math.pi), help='margin at the beginning; without it --m throughout')
+    add(
+        '--margin_epochs',
+        type=number(float, 0),
+        nargs=2,
+        default=[0.0, 1.0],
+        metavar=('FROM', 'TO'),
+        help='epochs done between which the margin grows from --margin_from to --m',
+    )
     add('--s', type=number(float, 0), default=30, help='scale of AAM-softmax')
     add('--n_class', type=number(int, 1), help='speakers; without it those in --train_list')
 
@@ -78,6 +103,7 @@ def make_parser():
     add('--score_norm', choices=('none', 'asnorm'), default='none', help='asnorm: also scores normalised by a cohort')
     add('--cohort_utterances', type=number(int, 1), default=20, help='of each speaker in --train_list, for the cohort')
     add('--top_n', type=number(int, 2), default=400, help='closest cohort speakers that normalise a score')
+    add('--subtract_mean', action='store_true', help="also scores less the training speakers' mean embedding")
 
     add = parser.add_argument_group('command (without one of these: train)').add_argument
     add('--check', action='store_true', help='check everything that training needs, every file included, and stop')
@@ -180,16 +206,17 @@ def test(system, eval_files, trial_lists, scores, args, epoch, loss, lr, accurac
 
 def evaluate(args):
     """Scores --initial_model on --eval_list, prints the figures and writes them and all scores below --save_path."""
-    earlier = read_results(args.save_path)
+    earlier = tools.read_results(args.save_path)
     system = load_model(args.initial_model, **vars(args))
     with first_process_first():
         eval_files, trial_lists = dataLoader.read_trial_lists(args.eval_list, args.eval_path)
         if process_rank() == 0:
             dataLoader.check_audio(eval_files, '--eval_list')
         cohort_files = None
-        if args.score_norm == 'asnorm':
+        if args.score_norm == 'asnorm' or args.subtract_mean:
             cohort_files = dataLoader.choose_cohort(args.train_list, args.train_path, args.cohort_utterances, args.seed)
-    results = system.score_lists(eval_files, trial_lists, cohort_files, args.top_n)
+    top_n = args.top_n if args.score_norm == 'asnorm' else None
+    results = system.score_lists(eval_files, trial_lists, cohort_files, top_n, args.subtract_mean)
     say(f'{args.initial_model}\n{figures_table(results, trial_lists)}')
     if process_rank() == 0:
         write_results(earlier, results, trial_lists, system.checkpoint, args)
@@ -276,7 +303,8 @@ def what_changes_numbers(system, dataset, trial_lists, args):
     what is in it, wherever it is.
     """
     names = ['num_frames', 'batch_size', 'test_step', 'accumulate', 'freeze_epochs', 'speed_perturb', 'lr', 'lr_decay']
-    names += ['m', 's', 'seed', 'initial_model']
+    names += ['m', 's', 'seed', 'initial_model', 'optimizer', 'weight_decay', 'clip', 'schedule', 'min_lr', 'warmup']
+    names += ['augment', 'no_specaug', 'margin_from', 'margin_epochs', *['max_epoch'] * (args.schedule == 'cosine')]
     noises = ' '.join(f'{len(files.paths)}/{files.pieces[-1]}' for files in dataset.noises.values())
     return {
         **{name: getattr(args, name) for name in names},
@@ -364,23 +392,6 @@ def figures_table(results, trial_lists):
     return tools.table(rows)
 
 
-def read_results(folder):
-    """What a folder's results.json holds, {'lists': {}} where there is none; BadInput where it is something else."""
-    path = os.path.join(folder, 'results.json')
-    if not os.path.exists(path):
-        return {'lists': {}}
-    try:
-        with open(path, encoding='utf-8') as file:
-            record = json.load(file)
-        for entry in record['lists'].values():
-            entry.setdefault('checkpoint', record['checkpoint'])
-            if not isinstance(entry['scores'] + entry['checkpoint']['sha256'], str):
-                raise TypeError
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f'{path}: not what --eval writes; move it away') from error
-    return record
-
-
 def write_results(earlier, results, trial_lists, checkpoint, args):
     """Writes SAVE_PATH/results.json, and for each list scores/LIST.txt (`label score [normalised] enrolment test`).
 
@@ -435,7 +446,7 @@ def verify(args):
     for folder in (args.save_path, os.path.dirname(os.path.dirname(os.path.abspath(args.initial_model)))):
         known = [
             (path, entry['raw']['EER']['threshold'])
-            for path, entry in read_results(folder)['lists'].items()
+            for path, entry in tools.read_results(folder)['lists'].items()
             if entry['checkpoint']['sha256'] == system.checkpoint['sha256']
         ]
         for path, threshold in known:

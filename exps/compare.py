@@ -11,7 +11,16 @@ import os
 import numpy as np
 from scipy.special import ndtri
 
-from tools import BadInput, ComputeErrorRates, exit_on_bad_input, operating_points, read_scores, table, write_whole
+from tools import (
+    BadInput,
+    ComputeErrorRates,
+    exit_on_bad_input,
+    operating_points,
+    read_results,
+    read_scores,
+    table,
+    write_whole,
+)
 
 PUBLISHED = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'pretrain_score.txt')
 
@@ -46,14 +55,22 @@ def read_experiments(paths):
         curves[name] = lines
         scores = os.path.join(folder, 'scores')
         for file in sorted(os.listdir(scores)) if os.path.isdir(scores) else []:
-            labels, *kinds = read_trial_scores(os.path.join(scores, file))
-            for kind, values in zip(('', ', asnorm'), kinds):
-                verification.setdefault(os.path.splitext(file)[0], {})[name + kind] = values, labels
+            labels, *columns = read_trial_scores(os.path.join(scores, file))
+            for kind, values in zip(kinds_of(folder, file), columns):
+                verification.setdefault(os.path.splitext(file)[0], {})[f'{name}, {kind}'] = values, labels
     return curves, verification
 
 
+def kinds_of(folder, file):
+    """Names of the columns of scores in a file of --eval, as results.json has them."""
+    for entry in read_results(folder)['lists'].values():
+        if os.path.basename(entry['scores']) == file:
+            return [kind for kind, figures in entry.items() if isinstance(figures, dict) and 'EER' in figures]
+    raise BadInput(f'{folder}/scores/{file}: results.json beside it does not name it')
+
+
 def read_trial_scores(path):
-    """Columns of a file of --eval, lines `label score [normalised] enrolment test`: labels and one or two of scores."""
+    """Columns of a file of --eval, lines `label score [normalised] enrolment test`: labels, and scores of each kind."""
     try:
         with open(path, encoding='utf-8', errors='surrogateescape') as lines:
             return np.array([line.split()[:-2] for line in lines], float).T
