@@ -243,13 +243,18 @@ class ECAPAModel(nn.Module):
         checkpoint, paths = self.checkpoint or {'path': '', 'sha256': ''}, [path for each in files for path in each]
         kept_in = f'{checkpoint["path"]}.cohort.npz'
         key = f'{checkpoint["sha256"]} {tools.digest(os.fsencode(repr(files)))}'
-        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(kept_in) as kept:
-            if str(kept['key']) == key:
-                return kept['cohort']
+        cohort = None
+        with contextlib.suppress(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile), np.load(kept_in) as kept:
+            cohort = kept['cohort'] if str(kept['key']) == key else None
+        if all(tools.gather([cohort is not None])):
+            return cohort
         ends = np.cumsum([len(each) for each in files])
         cohort = np.stack([part.mean(axis=0) for part in np.split(self.embed_files(paths), ends[:-1])])
         if self.checkpoint and process_rank() == 0:
-            tools.write_whole(kept_in, lambda file: np.savez(file, key=key, cohort=cohort))
+            try:
+                tools.write_whole(kept_in, lambda file: np.savez(file, key=key, cohort=cohort))
+            except BadInput as error:
+                say(f'note          the cohort is not kept: {error}')
         return cohort
 
     def embed(self, paths):
@@ -298,7 +303,7 @@ class ECAPAModel(nn.Module):
         return embeddings.numpy()
 
     def embed_window(self, window, embeddings):
-        """Adds to embeddings (N, 2, 192) those of a list of (index, audio (samples,)) on the device.
+        """Fills in embeddings (N, 2, 192), zeros so far, from a list of (index, audio (samples,)) on the device.
 
         Whole utterances of about the same length share a batch. Nothing waits for a GPU.
         """
@@ -343,18 +348,21 @@ class ECAPAModel(nn.Module):
         A state is twice the size of the model, so only the two newest are kept; of the models, `keep` if that is not 0.
         Raises BadInput where the disk refuses, with what was saved before untouched.
         """
+        broken = [name for name, tensor in self.state_dict().items() if not tensor.isfinite().all()]
+        if broken:
+            raise BadInput(f'epoch {epoch}: {broken[0]} is not finite any more; it is not saved. A lower --lr may help')
         path = os.path.join(folder, f'model_{epoch:04d}')
         state = {'epoch': epoch, **rest, 'optim': self.optim.state_dict()}
         tools.write_whole(f'{path}.state', lambda file: torch.save(state, file))
         self.save_parameters(f'{path}.model')
-        prune(folder, keep)
+        prune(folder, keep, epoch)
 
-    def resume(self, folder, identity, force=False, keep=0):
+    def resume(self, folder, identity, force=False):
         """Loads the newest checkpoint of a folder that can be read, with the optimiser's state beside it.
 
         identity: {option: value} of what changes the numbers of this run. Raises BadInput where the checkpoint's
-        differ, unless force is given; before anything is loaded, or removed as save_training says. Returns the state
-        without the optimiser's, with the options that `changed`; None where there is nothing to resume.
+        differ, unless force is given, before anything is loaded. Returns the state without the optimiser's, with the
+        options that `changed`; None where there is nothing to resume.
         """
         path, weights, state = newest_checkpoint(folder)
         if path is None:
@@ -377,8 +385,6 @@ class ECAPAModel(nn.Module):
             self.optim.load_state_dict(state.pop('optim'))
         else:
             print(f'{path}: no usable .state beside it; the optimiser starts from the beginning', file=sys.stderr)
-        if process_rank() == 0:
-            prune(folder, keep)
         return state
 
     def load_parameters(self, path):
@@ -446,10 +452,14 @@ def load_model(path, **kwargs):
     return system
 
 
-def prune(folder, keep):
-    """Removes from a run's folder of models what is no longer needed, as save_training says, and what a kill left."""
-    old = sorted(glob.glob(glob.escape(folder) + '/model_*.state'))[:-2] + glob.glob(glob.escape(folder) + '/*.part')
-    for path in old + (list(saved_models(folder))[keep:] if keep else []):
+def prune(folder, keep, epoch):
+    """Removes from a run's folder of models what it no longer needs after an epoch, as save_training says, and what a
+    kill left. Of later epochs, which a resume could not use, nothing is counted or removed.
+    """
+    states = sorted(glob.glob(glob.escape(folder) + '/model_*.state'))
+    old = [path for path in states if path <= os.path.join(folder, f'model_{epoch:04d}.state')][:-2]
+    models = [path for path, saved in saved_models(folder).items() if saved <= epoch]
+    for path in old + (models[keep:] if keep else []) + glob.glob(glob.escape(folder) + '/*.part'):
         with contextlib.suppress(OSError):
             os.remove(path)
 
@@ -466,22 +476,23 @@ def newest_checkpoint(folder):
 
     (None, None, None) where there is none. Says on standard error which files cannot be used.
     """
-    for with_state in (True, False):
-        for path, epoch in saved_models(folder).items():
-            state_path, state = path.removesuffix('.model') + '.state', {'epoch': epoch}
-            if with_state and not os.path.exists(state_path):
-                continue
-            try:
-                weights, _ = read_checkpoint(path)
-                if with_state:
-                    state, _ = read_file(state_path, 'the state of a training run')
-                    if not isinstance(state, dict) or (state.get('epoch'), type(state.get('optim'))) != (epoch, dict):
-                        raise BadInput(f'{state_path}: not the state of a training run after epoch {epoch}')
-            except BadInput as error:
-                print(f'{error}\ntrying the checkpoint before it', file=sys.stderr)
-                continue
-            return path, weights, state
-    return None, None, None
+    without_state = None, None, None
+    for path, epoch in saved_models(folder).items():
+        state_path = path.removesuffix('.model') + '.state'
+        if without_state[0] and not os.path.exists(state_path):
+            continue
+        try:
+            weights, _ = read_checkpoint(path)
+            if not without_state[0]:
+                without_state = path, weights, {'epoch': epoch}
+            if os.path.exists(state_path):
+                state, _ = read_file(state_path, 'the state of a training run')
+                if not isinstance(state, dict) or state.get('epoch') != epoch or 'param_groups' not in state['optim']:
+                    raise BadInput(f'{state_path}: not the state of a training run after epoch {epoch}')
+                return path, weights, state
+        except (BadInput, KeyError, TypeError) as error:
+            print(f'{error}\nlooking for a checkpoint before it', file=sys.stderr)
+    return without_state
 
 
 def read_checkpoint(path):
@@ -498,8 +509,8 @@ def read_checkpoint(path):
     ):
         raise BadInput(f'{path}: not a checkpoint of this model: a flat dictionary of tensors was expected')
     state = {name.removeprefix('module.'): tensor for name, tensor in state.items()}
-    for name, dimensions in (('speaker_encoder.conv1.weight', 3), ('speaker_loss.weight', 2)):
-        if name not in state or state[name].ndim != dimensions:
+    for name, shape in (('speaker_encoder.conv1.weight', (80, 5)), ('speaker_loss.weight', (192,))):
+        if name not in state or state[name].shape[1:] != shape or not len(state[name]):
             raise BadInput(f'{path}: not a checkpoint of this model: {name} is missing or has another shape')
     broken = [name for name, tensor in state.items() if not tensor.float().isfinite().all()]
     if broken:

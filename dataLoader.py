@@ -3,6 +3,7 @@
 All audio is 16 kHz and mono, as float32 in [-1, 1].
 """
 
+import codecs
 import contextlib
 import functools
 import io
@@ -296,7 +297,7 @@ def read_audio(path, least=0):
     at all, where all are zero.
     """
     with open_audio(path) as file:
-        return enough(read_samples(file), path, least)
+        return require_enough(read_samples(file), path, least)
 
 
 def read_any(path, least=0):
@@ -307,10 +308,10 @@ def read_any(path, least=0):
         raise BadInput(f'{path}: cannot be read as audio: {why_unreadable(path, error)}') from error
     notes = [f'{audio.shape[1]} channels averaged'] * (audio.shape[1] > 1)
     notes += [f'resampled from {rate} Hz'] * (rate != RATE)
-    audio = enough(finite(audio, path).mean(axis=1), path, 1)
+    audio = require_enough(require_finite(audio, path).mean(axis=1), path, 1)
     if notes:
         print(f'{path}: {", ".join(notes)}', file=sys.stderr)
-    return enough(change_rate(audio, rate, RATE), path, least)
+    return require_enough(change_rate(audio, rate, RATE), path, least)
 
 
 def read_crop(path, length, rng, first=0, span=None, cached=False, least=0):
@@ -329,9 +330,12 @@ def read_crop(path, length, rng, first=0, span=None, cached=False, least=0):
         with file:
             audio = read_samples(file, start, length)
     else:
-        with open(path, 'rb', buffering=0) as file:
-            file.seek(offset + 2 * start)
-            audio = to_float(np.frombuffer(file.read(2 * min(frames, length)), '<i2'))
+        try:
+            with open(path, 'rb', buffering=0) as file:
+                file.seek(offset + 2 * start)
+                audio = to_float(np.frombuffer(file.read(2 * min(frames - start, length)), '<i2'))
+        except OSError as error:
+            raise BadInput(f'{path}: cannot be read ({error.strerror})') from error
     if least and np.vdot(audio, audio) == 0:
         read_audio(path, least)
     return audio if len(audio) == length else np.resize(audio, length)
@@ -396,7 +400,7 @@ def read_samples(file, start=0, count=-1):
         raise BadInput(f'{path}: cannot be decoded: {why}') from error
     if len(audio) < expected:
         raise BadInput(f'{path}: ends before the {file.frames} samples that its header announces')
-    return finite(audio, path)
+    return require_finite(audio, path)
 
 
 def to_float(samples):
@@ -407,14 +411,14 @@ def to_float(samples):
     return audio
 
 
-def finite(audio, path):
+def require_finite(audio, path):
     """The samples of a file; BadInput where a number is not finite."""
     if not np.isfinite(np.vdot(audio, audio)):
         raise BadInput(f'{path}: holds samples that are not finite, or huge')
     return audio
 
 
-def enough(audio, path, least):
+def require_enough(audio, path, least):
     """The samples of a file; BadInput as read_audio says."""
     if len(audio) < least:
         found = f'{len(audio)} samples; {least} ({1000 * least // RATE} ms) are the fewest that can be embedded'
@@ -425,8 +429,11 @@ def enough(audio, path, least):
 
 
 def find_audio(folder, role, any_format=False):
-    """Sorted paths of all wav and flac files below a folder, or of all that soundfile reads; BadInput for none."""
-    endings = tuple(f'.{name.lower()}' for name in soundfile.available_formats()) if any_format else ('.wav', '.flac')
+    """Sorted paths of all wav and flac files below a folder, or all that soundfile reads; BadInput for none."""
+    endings = ('.wav', '.flac')
+    if any_format:
+        known = {f'.{name.lower()}' for name in soundfile.available_formats()} - {'.raw'}
+        endings = tuple(sorted(known | {'.aif', '.oga', '.opus', '.sph'}))
     require(os.path.isdir, folder, role)
     paths = sorted(
         os.path.join(root, name)
@@ -499,6 +506,8 @@ def read_trial_lists(lists, folders):
 
     folders: one for all lists, or one for each. A file that several lists name is there once. Raises BadInput.
     """
+    if len(set(map(str, lists))) < len(lists):
+        raise BadInput('--eval_list: names a list twice, whose results would be one')
     if len(folders) not in (1, len(lists)):
         raise BadInput(f'--eval_path: {len(folders)} folders for {len(lists)} lists; give one, or one for each')
     places, trials = {}, []
@@ -519,6 +528,7 @@ def read_trial_lists(lists, folders):
 
 def choose_cohort(train_list, train_path, per_speaker, seed):
     """For each speaker of a training list the paths of up to per_speaker utterances, drawn at random."""
+    require(os.path.isdir, train_path, '--train_path')
     _, labels, names, _ = read_train_list(train_list)
     speakers = np.split(np.argsort(labels, kind='stable'), np.cumsum(np.bincount(labels))[:-1])
     rng = np.random.default_rng(seed)
@@ -527,10 +537,13 @@ def choose_cohort(train_list, train_path, per_speaker, seed):
 
 
 def read_list(path, role):
-    """Bytes of a text list."""
+    """Bytes of a text list; BadInput where there is none, or it begins with a mark that would count as text."""
     require(os.path.isfile, path, role)
     with open(path, 'rb') as file:
-        return file.read()
+        content = file.read()
+    if content.startswith(codecs.BOM_UTF8):
+        raise BadInput(f'{role}: {path}: begins with a byte order mark; save it as UTF-8 without')
+    return content
 
 
 def split_lines(content, count, path, role, labels=None):

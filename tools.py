@@ -232,6 +232,17 @@ def table(rows):
     return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
+def figures_table(results, trial_lists):
+    """The figures of score_lists' results as the text of a table, a row a list."""
+    header = [f'{kind} {name}'.removeprefix('raw ') for kind in results[0] for name in FIGURES]
+    rows = [['list', 'trials', *header]]
+    for kinds, trials in zip(results, trial_lists):
+        values = [figure['value'] for _, figures in kinds.values() for figure in figures.values()]
+        cells = [f'{value:.2f}%' if i % 3 == 0 else f'{value:.4f}' for i, value in enumerate(values)]
+        rows.append([trials.path, f'{len(trials.labels):,}', *cells])
+    return table(rows)
+
+
 def available_cpus():
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
@@ -281,8 +292,8 @@ def summary(error):
 # What PyTorch's errors say where memory is too small, and what to do.
 MEMORY = {
     "out of memory|ALLOC_FAILED|can't allocate memory": 'Use a smaller --batch_size, or --accumulate.',
-    'DataLoader worker': 'A loading process was killed, most likely as memory was short: use a smaller --n_cpu or, in '
-    'a container, more shared memory (docker run --shm-size 8g).',
+    r'DataLoader worker \(pid': 'A loading process was killed, most likely as memory was short: use a smaller --n_cpu '
+    'or, in a container, more shared memory (docker run --shm-size 8g).',
 }
 
 
@@ -305,6 +316,8 @@ def exit_on_bad_input():
             raise
         message = f'{error.filename}: {error.strerror}'
     except RuntimeError as error:
+        if process_rank() and re.search('Connection (closed|reset) by peer', str(error)):
+            sys.exit(2)  # the first process has said why
         remedy = next((remedy for sign, remedy in MEMORY.items() if re.search(sign, str(error))), None)
         if remedy is None:
             raise

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 import dataLoader
 import tools
-from ECAPAModel import Diverged, ECAPAModel, checkpoint_sizes, load_model, read_checkpoint, saved_models
+from ECAPAModel import Diverged, ECAPAModel, checkpoint_sizes, load_model, prune, read_checkpoint, saved_models
 from tools import BadInput, process_count, process_rank, say
 
 
@@ -153,9 +153,11 @@ def train(args):
         eval_files, trial_lists = dataLoader.read_trial_lists(args.eval_list, args.eval_path)
         pinned = args.device != 'cpu' and torch.cuda.is_available()
         loader = dataLoader.make_batches(dataset, args.batch_size, args.n_cpu, pin_memory=pinned)
+        sizes, initial_weights = choose_sizes(args, dataset.n_class)
         if process_rank() == 0:
             dataLoader.check_data(dataset, eval_files, args.eval_path, args.check, args.n_cpu, args.max_bad)
-    system, initial_weights = build(args, dataset.n_class)
+    torch.manual_seed(args.seed)
+    system = ECAPAModel(**{**vars(args), **sizes})
     plan(system, loader, eval_files, trial_lists, args)
     if args.check:
         say('all is well: nothing was found that would stop this run')
@@ -166,6 +168,8 @@ def train(args):
     identity = what_changes_numbers(system, dataset, trial_lists, args)
     done, scores = start(system, initial_weights, identity, args)
     if process_rank() == 0:
+        # Not before: a run whose options are refused must not remove anything.
+        prune(args.model_save_path, args.keep, done['epoch'])
         dataset.sort_bad_audio()
         write_options(args)
     if 'loss' in done and done['epoch'] not in [score[0] for score in scores]:
@@ -179,7 +183,8 @@ def train(args):
             loss, lr, accuracy = system.train_network(epoch, loader)
         except Diverged as error:
             raise explain(error, loader, args) from error
-        replaced = dataset.sort_bad_audio(args.max_bad) if process_rank() == 0 else 0
+        with first_process_first():
+            replaced = dataset.sort_bad_audio(args.max_bad) if process_rank() == 0 else 0
         bad = f', {replaced} utterances replaced ({dataset.bad_audio})' if replaced else ''
         say(f'{time.strftime("%F %T")} epoch {epoch}, LR {lr:f}, LOSS {loss:f}, ACC {accuracy:2.2f}%{bad}')
         if epoch % args.test_step == 0:
@@ -201,12 +206,12 @@ def test(system, eval_files, trial_lists, scores, args, epoch, loss, lr, accurac
     if process_rank() == 0:
         tools.write_text(args.score_save_path, ''.join(tools.SCORE_LINE % score for score in scores))
     say(f'{time.strftime("%F %T")} epoch {epoch}, EER {eer:2.2f}%, best EER {best:2.2f}%')
-    say(figures_table(results, trial_lists))
+    say(tools.figures_table(results, trial_lists))
 
 
 def evaluate(args):
     """Scores --initial_model on --eval_list, prints the figures and writes them and all scores below --save_path."""
-    earlier = tools.read_results(args.save_path)
+    tools.read_results(args.save_path)
     system = load_model(args.initial_model, **vars(args))
     with first_process_first():
         eval_files, trial_lists = dataLoader.read_trial_lists(args.eval_list, args.eval_path)
@@ -215,20 +220,21 @@ def evaluate(args):
         cohort_files = None
         if args.score_norm == 'asnorm' or args.subtract_mean:
             cohort_files = dataLoader.choose_cohort(args.train_list, args.train_path, args.cohort_utterances, args.seed)
+    os.makedirs(os.path.join(args.save_path, 'scores'), exist_ok=True)
     top_n = args.top_n if args.score_norm == 'asnorm' else None
     results = system.score_lists(eval_files, trial_lists, cohort_files, top_n, args.subtract_mean)
-    say(f'{args.initial_model}\n{figures_table(results, trial_lists)}')
+    say(f'{args.initial_model}\n{tools.figures_table(results, trial_lists)}')
     if process_rank() == 0:
-        write_results(earlier, results, trial_lists, system.checkpoint, args)
+        write_results(results, trial_lists, system.checkpoint, args)
 
 
 # Machinery of training: the plan, the results folder, where a run stands, what ends it.
 
 
-def build(args, speakers):
-    """(ECAPAModel of the command's options for a list of as many speakers, weights of --initial_model or None).
+def choose_sizes(args, speakers):
+    """({'C', 'n_class'} for a training list of `speakers` speakers, weights of --initial_model or None).
 
-    Its channels are --C, else those of --initial_model, else 1024; --keep_classifier keeps all speakers of the latter.
+    The channels are --C, else those of --initial_model, else 1024; --keep_classifier keeps all speakers of the latter.
     """
     C, n_class, weights = args.C, args.n_class or speakers, None
     if n_class < speakers:
@@ -253,8 +259,7 @@ def build(args, speakers):
     C = C or 1024
     if C % 8:
         raise BadInput(f'--C {C}: the channels are cut into 8 groups, so it must be a multiple of 8')
-    torch.manual_seed(args.seed)
-    return ECAPAModel(**{**vars(args), 'C': C, 'n_class': n_class}), weights
+    return {'C': C, 'n_class': n_class}, weights
 
 
 def plan(system, loader, eval_files, trial_lists, args):
@@ -299,8 +304,8 @@ def check_room(args, size):
 
 
 def what_changes_numbers(system, dataset, trial_lists, args):
-    """{option: its value} of everything that changes the numbers of a run, as plain types; a list or folder counts by
-    what is in it, wherever it is.
+    """{option: its value} of everything that changes the numbers of a run, as plain types; a list counts by what is in
+    it, MUSAN and RIRs by how many files there are, wherever they are.
     """
     names = ['num_frames', 'batch_size', 'test_step', 'accumulate', 'freeze_epochs', 'speed_perturb', 'lr', 'lr_decay']
     names += ['m', 's', 'seed', 'initial_model', 'optimizer', 'weight_decay', 'clip', 'schedule', 'min_lr', 'warmup']
@@ -321,10 +326,9 @@ def what_changes_numbers(system, dataset, trial_lists, args):
 def start(system, initial_weights, identity, args):
     """Resumes the run in --save_path, or starts one from --initial_model or from random weights.
 
-    Returns (the epoch done last with its figures, the scores up to it); score.txt is cut to these, so that an epoch
-    that has to be trained again is not in it twice.
+    Returns (the epoch done last with its figures, the scores up to it, without later ones that are trained again).
     """
-    done = system.resume(args.model_save_path, identity, args.force, args.keep)
+    done = system.resume(args.model_save_path, identity, args.force)
     if done:
         notes = [f'after epoch {done["epoch"]}, from {args.model_save_path}']
         notes += [f'--force: {change}' for change in done.pop('changed')]
@@ -335,11 +339,13 @@ def start(system, initial_weights, identity, args):
         notes = ['from random weights']
     say('start         ' + '\n  '.join(notes))
     done = done or {'epoch': 0}
-    epochs = sorted(set(tools.gather([done['epoch']])))
-    if len(epochs) > 1:
+    found = sorted(set(tools.gather([(done['epoch'], 'loss' in done)])))
+    if len(found) > 1 and process_rank():
+        sys.exit(2)
+    if len(found) > 1:
         raise BadInput(
-            f'--save_path {args.save_path}: the processes see different checkpoints, after epochs {epochs}; it must be '
-            'one folder that all machines share'
+            f'--save_path {args.save_path}: the processes see different checkpoints, after epochs '
+            f'{[epoch for epoch, _ in found]}; it must be one folder that all machines share'
         )
     return done, [score for score in tools.read_scores(args.score_save_path) if score[0] <= done['epoch']]
 
@@ -381,24 +387,12 @@ def explain(error, loader, args):
 # Machinery of evaluation, and the other uses of a model.
 
 
-def figures_table(results, trial_lists):
-    """The figures of score_lists' results as the text of a table, a row a list."""
-    header = [f'{kind} {name}'.removeprefix('raw ') for kind in results[0] for name in tools.FIGURES]
-    rows = [['list', 'trials', *header]]
-    for kinds, trials in zip(results, trial_lists):
-        values = [figure['value'] for _, figures in kinds.values() for figure in figures.values()]
-        cells = [f'{value:.2f}%' if i % 3 == 0 else f'{value:.4f}' for i, value in enumerate(values)]
-        rows.append([trials.path, f'{len(trials.labels):,}', *cells])
-    return tools.table(rows)
-
-
-def write_results(earlier, results, trial_lists, checkpoint, args):
+def write_results(results, trial_lists, checkpoint, args):
     """Writes SAVE_PATH/results.json, and for each list scores/LIST.txt (`label score [normalised] enrolment test`).
 
-    earlier: what results.json holds, whose other lists stay. Of two lists of one name, the second's file gets a number.
+    What results.json holds of other lists stays. Of two lists of one name, the second's file gets a number.
     """
-    os.makedirs(os.path.join(args.save_path, 'scores'), exist_ok=True)
-    lists = earlier['lists']
+    lists = tools.read_results(args.save_path)['lists']
     for trials, kinds in zip(trial_lists, results):
         taken = {path: os.path.basename(entry['scores']) for path, entry in lists.items()}
         stem = os.path.splitext(os.path.basename(trials.path))[0]
@@ -427,13 +421,14 @@ def embed(args):
     if os.path.isdir(args.embed):
         paths = dataLoader.find_audio(args.embed, '--embed', any_format=True)
     else:
-        dataLoader.require(os.path.isfile, args.embed, '--embed')
-        with open(args.embed, encoding='utf-8', errors='surrogateescape') as lines:
-            paths = [line.strip() for line in lines if line.strip()]
+        lines = dataLoader.read_list(args.embed, '--embed').splitlines()
+        paths = [os.fsdecode(line.strip()) for line in lines if line.strip()]
+    if not paths:
+        raise BadInput(f'--embed: {args.embed}: names no file')
     path = os.path.join(args.save_path, 'embeddings.npz')
+    os.makedirs(args.save_path, exist_ok=True)
     embeddings = system.embed(paths)
     if process_rank() == 0:
-        os.makedirs(args.save_path, exist_ok=True)
         tools.write_whole(path, lambda file: np.savez(file, names=np.array(paths), embeddings=embeddings))
     say(f'{path}: {len(paths):,} embeddings of 192 numbers')
 
@@ -444,9 +439,14 @@ def verify(args):
     score = tools.score_pairs(system.embed_files(args.verify, any_format=True), np.array([[0, 1]]))[0]
     say(f'score {score:.4f}')
     for folder in (args.save_path, os.path.dirname(os.path.dirname(os.path.abspath(args.initial_model)))):
+        try:
+            lists = tools.read_results(folder)['lists']
+        except BadInput as error:
+            say(f'note: {error}')
+            continue
         known = [
             (path, entry['raw']['EER']['threshold'])
-            for path, entry in tools.read_results(folder)['lists'].items()
+            for path, entry in lists.items()
             if entry['checkpoint']['sha256'] == system.checkpoint['sha256']
         ]
         for path, threshold in known:

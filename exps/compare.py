@@ -34,8 +34,11 @@ def main(argv=None):
     with exit_on_bad_input():
         curves, verification = read_experiments(args.scores)
         print_table(curves)
-        import matplotlib
-
+        try:
+            import matplotlib
+        except ModuleNotFoundError:
+            print('not drawn: matplotlib is not installed')
+            return
         matplotlib.use('agg')
         draw_curves(os.path.join(args.out, 'curves.png'), curves)
         for name, scores in verification.items():
@@ -73,7 +76,10 @@ def read_trial_scores(path):
     """Columns of a file of --eval, lines `label score [normalised] enrolment test`: labels, and scores of each kind."""
     try:
         with open(path, encoding='utf-8', errors='surrogateescape') as lines:
-            return np.array([line.split()[:-2] for line in lines], float).T
+            columns = np.array([line.split()[:-2] for line in lines], float).T
+            if len(columns) > 1:
+                return columns
+        raise ValueError('it has no scores')
     except ValueError as error:
         raise BadInput(f'{path}: not a file of scores of --eval: {error}') from error
 

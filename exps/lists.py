@@ -48,6 +48,7 @@ def make_lists(folder, out, test_speakers=None, exhaustive=False, seed=10):
     for path, (_, _, fault, _) in zip(paths, found):
         name = os.path.relpath(path, folder)
         fault = fault or ('not in the folder of a speaker' if os.sep not in name else '')
+        fault = fault or ('white space in its name, which lists cannot hold' if len(name.split()) > 1 else '')
         if fault:
             left_out.append(f'{name}: {fault}\n')
         else:
@@ -60,6 +61,8 @@ def make_lists(folder, out, test_speakers=None, exhaustive=False, seed=10):
             f'--test_speakers {count}: there must be 2 at least, and as many left to train on; {len(files)} speakers '
             f'have usable files, {len(several)} of them more than one (--test_speakers 0: train_list.txt alone)'
         )
+    if not files:
+        raise BadInput(f'{folder}: none of its {len(paths)} files can be used, the first: {left_out[0].strip()}')
     held_out = sorted(rng.choice(several, count, replace=False).tolist()) if count else []
     train = {speaker: names for speaker, names in files.items() if speaker not in held_out}
     texts = {'train_list.txt': [f'{speaker} {name}\n' for speaker in train for name in train[speaker]]}
@@ -81,9 +84,7 @@ def inspect_file(path):
         return 0.0, 0, f'unreadable ({error.error_string})', False
     seconds, peak = len(audio) / rate, np.abs(audio).max(initial=0)
     fault = ''
-    if len(path.split()) > 1:
-        fault = 'white space in its name, which lists cannot hold'
-    elif (rate, audio.shape[1]) != (RATE, 1):
+    if (rate, audio.shape[1]) != (RATE, 1):
         fault = f'{rate} Hz, {audio.shape[1]} channels; ffmpeg -i IN -ar 16000 -ac 1 OUT.wav converts it'
     elif len(audio) < 400:
         fault = f'{len(audio)} samples, less than a frame'

@@ -46,7 +46,7 @@ def tones_in(audio):
 def test_six_kinds_are_equally_likely():
     class Recorder(train_loader):
         def __init__(self):
-            self.calls = []
+            self.calls, self.augmented = [], 5 / 6
 
         def add_rev(self, audio, rng):
             self.calls.append('reverberation')
@@ -122,6 +122,17 @@ def test_crops_start_uniformly(tmp_path):
         starts.append(round(crop[0] * 2000))
         np.testing.assert_allclose(crop, ramp[starts[-1] : starts[-1] + 1000], atol=1e-6)
     assert chisquare(np.bincount(starts, minlength=101)).pvalue > 0.001
+
+
+@pytest.mark.parametrize('tail', [0, 10000, 10001])
+def test_a_piece_longer_than_what_is_left_ends_with_the_audio(tmp_path, tail):
+    """What follows the samples in a wav is no audio."""
+    path = write_wav(tmp_path / 'noise.wav', np.full(1000, 0.5), subtype='PCM_16')
+    with open(path, 'ab') as file:
+        file.write(b'LIST' + bytes([tail % 256, tail // 256, 0, 0]) + bytes(tail))
+    for cached in (False, True):
+        crop = read_crop(path, 600, random.Random(1), first=900, span=100, cached=cached)
+        np.testing.assert_allclose(crop, 0.5, atol=1e-4)
 
 
 @pytest.mark.parametrize('samples', [1, 300, 999, 1000])

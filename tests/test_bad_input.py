@@ -61,6 +61,10 @@ CASES = {
         lambda tree: Path(tree['eval_path'], UTTERANCE).unlink(),
         ['--eval_list', UTTERANCE, 'no such file'],
     ),
+    'training list with a byte order mark': (
+        lambda tree: Path(tree['train_list']).write_bytes(b'\xef\xbb\xbf' + Path(tree['train_list']).read_bytes()),
+        ['--train_list', 'byte order mark'],
+    ),
     'trials of one kind': (
         lambda tree: Path(tree['eval_list']).write_text(f'1 {UTTERANCE} {UTTERANCE}\n'),
         ['trials.txt', 'both kinds'],

@@ -170,7 +170,7 @@ def test_what_is_wrong_is_said_once(tree, tmp_path):
     os.remove(tree['eval_list'])
     done = torchrun(ROOT / 'trainECAPAModel.py', *command_line(**{**SMALL, **tree}), cwd=tmp_path)
     assert done.returncode != 0
-    assert done.stderr.count('--eval_list') == 1
+    assert done.stderr.count('--eval_list') == 1 and 'trainECAPAModel.py", line' not in done.stderr
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(tree, monkeypatch):
@@ -180,7 +180,7 @@ def test_a_batch_that_cannot_be_divided_is_refused(tree, monkeypatch):
 
 
 def test_machines_that_do_not_share_the_folder_are_told(tree, monkeypatch, capsys):
-    monkeypatch.setattr('tools.gather', lambda epochs: [*epochs, 7])
+    monkeypatch.setattr('tools.gather', lambda found: [*found, (7, True)])
     with pytest.raises(SystemExit) as stop:
         trainECAPAModel.main(command_line(**{**SMALL, **tree}))
     assert stop.value.code == 2

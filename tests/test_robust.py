@@ -305,6 +305,26 @@ def test_keep(tree):
     assert newest_checkpoint(tree['save_path'] + '/model')[2]['epoch'] == 5
 
 
+def test_a_resume_removes_nothing_that_it_needs(tree, capsys):
+    """With --keep 1 the newest that can be read is kept, whatever is newer; the states beside it are not pushed out by
+    those of epochs whose models are gone.
+    """
+    folder = Path(tree['save_path'], 'model')
+    run(tree, max_epoch=4)
+    for epoch in (3, 4):
+        (folder / f'model_000{epoch}.model').write_bytes(b'damaged')
+    run(tree, max_epoch=3, keep=1)
+    assert newest_checkpoint(str(folder))[2]['epoch'] == 3
+    (folder / 'model_0004.model').unlink(missing_ok=True)
+    run(tree, max_epoch=6)
+    for epoch in (4, 5, 6):
+        (folder / f'model_000{epoch}.model').unlink()
+    run(tree, max_epoch=4)
+    capsys.readouterr()
+    run(tree, max_epoch=5)
+    assert 'no usable .state' not in capsys.readouterr().err
+
+
 # Numbers.
 
 
@@ -335,6 +355,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(tree, capsys, monkeypatch):
 
 def test_an_exploding_gradient_stops_the_run(tree, capsys):
     assert re.search('epoch 1, step [1-4]: the loss', refusal(capsys, tree, lr=1e30))
+    assert not saved_models(tree['save_path'] + '/model')
+
+
+def test_weights_that_are_not_finite_are_not_saved(tree, capsys):
+    """A step with an infinite rate has a finite loss and gradient, and no weights."""
+    message = refusal(capsys, tree, batch_size=12, max_epoch=1, lr='inf')
+    assert 'epoch 1: speaker_encoder.' in message and 'not saved' in message
     assert not saved_models(tree['save_path'] + '/model')
 
 
@@ -476,13 +503,15 @@ if __name__ == '__main__':
         ('CUDA out of memory', '--accumulate'),
         ('CUBLAS_STATUS_ALLOC_FAILED', '--batch_size'),
         ("can't allocate memory", '--accumulate'),
-        ('DataLoader worker is killed', '--shm-size'),
+        ('DataLoader worker (pid 7) is killed', '--shm-size'),
     ],
 )
 def test_too_little_memory_gets_a_sentence(capsys, sign, remedy):
     args = trainECAPAModel.make_parser().parse_args([])
     with pytest.raises(SystemExit) as stop, trainECAPAModel.sentences_for_people(args):
         raise RuntimeError(f'Something about {sign}, at length')
+    with pytest.raises(RuntimeError), trainECAPAModel.sentences_for_people(args):
+        raise RuntimeError('Caught RuntimeError in DataLoader worker process 0: a mistake in the code')
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert sign in message and remedy in message

@@ -128,6 +128,9 @@ def test_as_norm_by_command(tree, model, capsys, monkeypatch):
     )
     header, row = capsys.readouterr().out.splitlines()[-2:]
     assert 'asnorm EER' in header and len(row.split()) == 8
+    Path(f'{model}.cohort.npz').write_bytes(b'')
+    run('--eval', score_norm='asnorm', **options, seed=3)
+    assert capsys.readouterr().out.splitlines()[-1] == row, 'a damaged cohort is made again'
     record = json.loads((Path(tree['save_path']) / 'results.json').read_text())
     figures = record['lists'][tree['eval_list']]
     lines = [line.split() for line in Path(tree['save_path'], 'scores/trials.txt').read_text().splitlines()]
@@ -188,10 +191,16 @@ def test_every_list_keeps_its_results(tree, model, tmp_path, capsys):
     run('--eval', '--eval_list', names[1], **options)
     again = json.loads(Path(tree['save_path'], 'results.json').read_text())['lists']
     assert again[names[1]]['scores'] == found[names[1]]['scores'], 'a list that is scored again takes its own place'
+    with pytest.raises(SystemExit):
+        run('--eval', '--eval_list', names[1], names[1], **options)
+    assert 'names a list twice' in capsys.readouterr().err
     Path(tree['save_path'], 'results.json').write_text('{}')
     with pytest.raises(SystemExit):
         run('--eval', '--eval_list', names[1], **options)
     assert 'not what --eval writes' in capsys.readouterr().err
+    pair = [f'{tree["eval_path"]}/id{n}/session/00000.wav' for n in (0, 1)]
+    run('--verify', *pair, initial_model=model, save_path=tree['save_path'])
+    assert re.search('score .*\nnote: .*not what --eval writes', capsys.readouterr().out)
 
 
 def test_options_are_kept_and_read_back(tree):
