@@ -278,8 +278,11 @@ def test_the_body_of_the_encoder_is_one_graph():
 
 
 def test_bfloat16_is_close_and_keeps_the_loss_in_float32():
-    waves = torch.from_numpy(np.stack([wave(i, 16240) for i in range(4)]))
-    labels = torch.tensor([3, 1, 19, 7])
+    """Sixteen waves, as batch norms over four blow the rounding up: one less the cosine was 0.011 to 0.032 over six
+    seeds and four kinds of kernels, and is 0.007 to 0.011.
+    """
+    waves = torch.from_numpy(np.stack([wave(i, 16240) for i in range(16)]))
+    labels = torch.arange(16)
     losses, gradients = [], []
     for precision in ('fp32', 'bf16'):
         torch.manual_seed(8)
