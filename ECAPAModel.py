@@ -172,7 +172,7 @@ class ECAPAModel(nn.Module):
         begin = asked = time.perf_counter()
         seconds_waited = 0.0
         with tqdm(desc=f'epoch {epoch}', total=len(loader), unit='step', disable=process_rank() > 0 or None) as bar:
-            for steps, batch in enumerate(loader, 1):
+            for steps, batch in enumerate(tools.fetch(loader), 1):
                 lr = self.set_learning_rate(epoch, (steps - 1) / len(loader))
                 # The first batch takes as long as the workers take to start.
                 seconds_waited += time.perf_counter() - asked if steps > 1 else 0
@@ -274,7 +274,8 @@ class ECAPAModel(nn.Module):
         mine = range(process_rank(), len(paths), process_count())
         dataset = EvalUtterances([paths[i] for i in mine], any_format)
         files = DataLoader(dataset, batch_size=None, num_workers=min(self.n_cpu, len(mine)), pin_memory=self.on_gpu)
-        files = tqdm(files, 'evaluating', unit='file', disable=process_rank() > 0 or None, leave=False)
+        bar = {'total': len(mine), 'unit': 'file', 'disable': process_rank() > 0 or None, 'leave': False}
+        files = tqdm(tools.fetch(files), 'evaluating', **bar)
         embeddings = torch.zeros(len(paths), 2, 192, device=self.device)
         window, frames, faults, long = [], 0, [], []
         for index, audio in zip(mine, files):

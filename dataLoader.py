@@ -52,25 +52,13 @@ class train_loader(Dataset):
     cannot be used, and which another one of the speaker replaces; otherwise such a file is BadInput.
     """
 
-    def __init__(
-        self,
-        train_list,
-        train_path,
-        musan_path,
-        rir_path,
-        num_frames,
-        seed=0,
-        speed_perturb=False,
-        augment=5 / 6,
-        **kwargs,
-    ):
+    def __init__(self, train_list, train_path, musan_path, rir_path, num_frames, seed=0, speed_perturb=False, **kwargs):
         self.train_path = train_path
         self.length = num_frames * 160 + 240
         self.seed = seed
         self.speakers, self.labels, self.names, self.list_digest = read_train_list(train_list)
-        self.speeds = SPEEDS if speed_perturb else SPEEDS[:1]
-        self.speed_drawn = speed_perturb == 'drawn'
-        self.augmented = augment
+        self.speeds, self.speed_drawn = SPEEDS if speed_perturb else SPEEDS[:1], speed_perturb == 'drawn'
+        self.augmented = kwargs.get('augment', 5 / 6)
         self.n_class = len(self.speeds) * len(self.speakers)
         self.noises = {category: NoiseFiles(os.path.join(musan_path, category)) for category in NOISE_SNR}
         self.rirs = Strings(find_audio(rir_path, '--rir_path'))

@@ -6,7 +6,9 @@ import json
 import os
 import platform
 import re
+import signal
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -191,12 +193,16 @@ def write_whole(path, write):
     """
     temporary = f'{path}.part'
     try:
-        with open(temporary, 'wb') as file:
+        # torch.save would make an error of its own of an interrupt.
+        with uninterrupted(), open(temporary, 'wb') as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_folder(os.path.dirname(path) or '.')
+        if os.name != 'nt':  # or the renamed file might be gone after a power cut; Windows has no such call
+            folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, RuntimeError) as error:
         # torch.save reports a full disk as a RuntimeError.
         with contextlib.suppress(OSError):
@@ -205,15 +211,39 @@ def write_whole(path, write):
         raise BadInput(f'{path}: cannot be written ({why}); what was there before is unchanged') from error
 
 
-def sync_folder(folder):
-    """Has a folder's entries written to the disk, so that a renamed file is there after a power cut."""
-    if os.name == 'nt':
-        return  # Windows has no such call
-    descriptor = os.open(folder, os.O_RDONLY)
+@contextlib.contextmanager
+def uninterrupted():
+    """Ctrl-C and SIGTERM wait until the block has ended; a second one does not. (They reach the main thread alone.)"""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers, came = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}, []
+
+    def wait(number, frame):
+        if came:
+            handlers[number](number, frame)
+        came.append(number)
+
+    for number in handlers:
+        signal.signal(number, wait)
     try:
-        os.fsync(descriptor)
+        yield
     finally:
-        os.close(descriptor)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[0])
+
+
+def fetch(loader):
+    """The items of a DataLoader; no interrupt cuts off what a worker hands over, which the worker would complain of."""
+    iterator = iter(loader)
+    while True:
+        with uninterrupted():
+            item = next(iterator, None)
+        if item is None:
+            return
+        yield item
 
 
 def write_text(path, text):

@@ -340,8 +340,6 @@ def start(system, initial_weights, identity, args):
     say('start         ' + '\n  '.join(notes))
     done = done or {'epoch': 0}
     found = sorted(set(tools.gather([(done['epoch'], 'loss' in done)])))
-    if len(found) > 1 and process_rank():
-        sys.exit(2)
     if len(found) > 1:
         raise BadInput(
             f'--save_path {args.save_path}: the processes see different checkpoints, after epochs '
