@@ -13,7 +13,6 @@ import zipfile
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
@@ -88,10 +87,6 @@ class ECAPAModel(nn.Module):
         self.warned_of_waiting, self.checkpoint = False, None
         self.speaker_encoder = ECAPA_TDNN(C=C).to(self.device)
         self.speaker_loss = AAMsoftmax(n_class=n_class, m=m, s=s).to(self.device)
-        if process_count() > 1:
-            # One seed need not give the same numbers on machines with other processors.
-            for tensor in self.state_dict().values():
-                dist.broadcast(tensor, 0)
         self.train_encode = torch.compile(self.speaker_encoder.encode) if compile else self.speaker_encoder.encode
         if no_specaug:
             self.speaker_encoder.specaug = nn.Identity()

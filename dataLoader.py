@@ -62,7 +62,7 @@ class train_loader(Dataset):
         self.n_class = len(self.speeds) * len(self.speakers)
         self.noises = {category: NoiseFiles(os.path.join(musan_path, category)) for category in NOISE_SNR}
         self.rirs = Strings(find_audio(rir_path, '--rir_path'))
-        self.bad_audio, self.bad_lines = None, 0
+        self.bad_audio, self.bad_lines, self.max_bad = None, None, kwargs.get('max_bad', 1.0)
 
     def __len__(self):
         return len(self.labels) * (1 if self.speed_drawn else len(self.speeds))
@@ -132,10 +132,10 @@ class train_loader(Dataset):
                 return read_crop(self.path(other), length, rng, least=1)
         raise BadInput(f'speaker {self.speakers[self.labels[utterance]]} has no file that can be used: take them out')
 
-    def sort_bad_audio(self, max_bad=100):
-        """Sorts the lines of the file bad_audio, each once; returns how many were added since the last call.
+    def sort_bad_audio(self):
+        """Sorts the lines of the file bad_audio, each once; returns how many were added since the call before.
 
-        Raises BadInput where these are more than max_bad percent of the utterances of an epoch.
+        Raises BadInput where these are more than max_bad percent (an option) of the utterances of an epoch.
         """
         lines = []
         if os.path.exists(self.bad_audio):
@@ -144,11 +144,12 @@ class train_loader(Dataset):
         distinct = sorted(set(lines))
         if lines != distinct:
             write_text(self.bad_audio, ''.join(f'{line}\n' for line in distinct))
-        added, self.bad_lines = len(lines) - self.bad_lines, len(distinct)
-        if added > len(self) * max_bad / 100:
+        added = 0 if self.bad_lines is None else len(lines) - self.bad_lines
+        self.bad_lines = len(distinct)
+        if added > len(self) * self.max_bad / 100:
             raise BadInput(
-                f'more than --max_bad {max_bad:g}% of the training files cannot be used, {added} of {len(self)} in '
-                f'this epoch; they are in {self.bad_audio}, the first:\n{distinct[0]}'
+                f'more than --max_bad {self.max_bad:g}% of the training files cannot be used, {added} of {len(self)} '
+                f'in this epoch; they are in {self.bad_audio}, the first:\n{distinct[0]}'
             )
         return added
 

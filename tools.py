@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import os
 import platform
 import re
@@ -167,23 +166,6 @@ def read_scores(path):
                 raise BadInput(f'{path}, line {number}: not a line of a score.txt: {line.strip()!r}')
             scores.append((int(match[1]), *map(float, match.groups()[1:])))
     return scores
-
-
-def read_results(folder):
-    """What a folder's results.json holds, {'lists': {}} where there is none; BadInput where it is something else."""
-    path = os.path.join(folder, 'results.json')
-    if not os.path.exists(path):
-        return {'lists': {}}
-    try:
-        with open(path, encoding='utf-8') as file:
-            record = json.load(file)
-        for entry in record['lists'].values():
-            entry.setdefault('checkpoint', record['checkpoint'])
-            if not isinstance(entry['scores'] + entry['checkpoint']['sha256'], str):
-                raise TypeError
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f'{path}: not what --eval writes; move it away') from error
-    return record
 
 
 def write_whole(path, write):

@@ -151,13 +151,10 @@ def train(args):
         dataset = dataLoader.train_loader(**vars(args))
         dataset.bad_audio = os.path.join(args.save_path, 'bad_audio.txt')
         eval_files, trial_lists = dataLoader.read_trial_lists(args.eval_list, args.eval_path)
-        pinned = args.device != 'cpu' and torch.cuda.is_available()
-        loader = dataLoader.make_batches(dataset, args.batch_size, args.n_cpu, pin_memory=pinned)
-        sizes, initial_weights = choose_sizes(args, dataset.n_class)
+        system, initial_weights = build(args, dataset.n_class)
+        loader = dataLoader.make_batches(dataset, args.batch_size, args.n_cpu, pin_memory=system.on_gpu)
         if process_rank() == 0:
             dataLoader.check_data(dataset, eval_files, args.eval_path, args.check, args.n_cpu, args.max_bad)
-    torch.manual_seed(args.seed)
-    system = ECAPAModel(**{**vars(args), **sizes})
     plan(system, loader, eval_files, trial_lists, args)
     if args.check:
         say('all is well: nothing was found that would stop this run')
@@ -184,7 +181,7 @@ def train(args):
         except Diverged as error:
             raise explain(error, loader, args) from error
         with first_process_first():
-            replaced = dataset.sort_bad_audio(args.max_bad) if process_rank() == 0 else 0
+            replaced = dataset.sort_bad_audio() if process_rank() == 0 else 0
         bad = f', {replaced} utterances replaced ({dataset.bad_audio})' if replaced else ''
         say(f'{time.strftime("%F %T")} epoch {epoch}, LR {lr:f}, LOSS {loss:f}, ACC {accuracy:2.2f}%{bad}')
         if epoch % args.test_step == 0:
@@ -211,7 +208,7 @@ def test(system, eval_files, trial_lists, scores, args, epoch, loss, lr, accurac
 
 def evaluate(args):
     """Scores --initial_model on --eval_list, prints the figures and writes them and all scores below --save_path."""
-    tools.read_results(args.save_path)
+    read_results(args.save_path)
     system = load_model(args.initial_model, **vars(args))
     with first_process_first():
         eval_files, trial_lists = dataLoader.read_trial_lists(args.eval_list, args.eval_path)
@@ -231,8 +228,8 @@ def evaluate(args):
 # Machinery of training: the plan, the results folder, where a run stands, what ends it.
 
 
-def choose_sizes(args, speakers):
-    """({'C', 'n_class'} for a training list of `speakers` speakers, weights of --initial_model or None).
+def build(args, speakers):
+    """(ECAPAModel of the options for a training list of `speakers` speakers, weights of --initial_model or None).
 
     The channels are --C, else those of --initial_model, else 1024; --keep_classifier keeps all speakers of the latter.
     """
@@ -259,7 +256,8 @@ def choose_sizes(args, speakers):
     C = C or 1024
     if C % 8:
         raise BadInput(f'--C {C}: the channels are cut into 8 groups, so it must be a multiple of 8')
-    return {'C': C, 'n_class': n_class}, weights
+    torch.manual_seed(args.seed)
+    return ECAPAModel(**{**vars(args), 'C': C, 'n_class': n_class}), weights
 
 
 def plan(system, loader, eval_files, trial_lists, args):
@@ -338,6 +336,10 @@ def start(system, initial_weights, identity, args):
     else:
         notes = ['from random weights']
     say('start         ' + '\n  '.join(notes))
+    if process_count() > 1:
+        # One seed need not give the same numbers on machines with other processors.
+        for tensor in system.state_dict().values():
+            dist.broadcast(tensor, 0)
     done = done or {'epoch': 0}
     found = sorted(set(tools.gather([(done['epoch'], 'loss' in done)])))
     if len(found) > 1:
@@ -385,12 +387,29 @@ def explain(error, loader, args):
 # Machinery of evaluation, and the other uses of a model.
 
 
+def read_results(folder):
+    """What a folder's results.json holds, {'lists': {}} where there is none; BadInput where it is something else."""
+    path = os.path.join(folder, 'results.json')
+    if not os.path.exists(path):
+        return {'lists': {}}
+    try:
+        with open(path, encoding='utf-8') as file:
+            record = json.load(file)
+        for entry in record['lists'].values():
+            entry.setdefault('checkpoint', record['checkpoint'])
+            if not isinstance(entry['scores'] + entry['checkpoint']['sha256'], str):
+                raise TypeError
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f'{path}: not what --eval writes; move it away') from error
+    return record
+
+
 def write_results(results, trial_lists, checkpoint, args):
     """Writes SAVE_PATH/results.json, and for each list scores/LIST.txt (`label score [normalised] enrolment test`).
 
     What results.json holds of other lists stays. Of two lists of one name, the second's file gets a number.
     """
-    lists = tools.read_results(args.save_path)['lists']
+    lists = read_results(args.save_path)['lists']
     for trials, kinds in zip(trial_lists, results):
         taken = {path: os.path.basename(entry['scores']) for path, entry in lists.items()}
         stem = os.path.splitext(os.path.basename(trials.path))[0]
@@ -438,7 +457,7 @@ def verify(args):
     say(f'score {score:.4f}')
     for folder in (args.save_path, os.path.dirname(os.path.dirname(os.path.abspath(args.initial_model)))):
         try:
-            lists = tools.read_results(folder)['lists']
+            lists = read_results(folder)['lists']
         except BadInput as error:
             say(f'note: {error}')
             continue

@@ -11,16 +11,8 @@ import os
 import numpy as np
 from scipy.special import ndtri
 
-from tools import (
-    BadInput,
-    ComputeErrorRates,
-    exit_on_bad_input,
-    operating_points,
-    read_results,
-    read_scores,
-    table,
-    write_whole,
-)
+from tools import BadInput, ComputeErrorRates, exit_on_bad_input, operating_points, read_scores, table, write_whole
+from trainECAPAModel import read_results
 
 PUBLISHED = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'pretrain_score.txt')
 

@@ -185,7 +185,7 @@ def test_a_recipe_is_read_where_it_stands(tmp_path):
 
 
 def test_memory_is_pinned_for_a_gpu_alone(voices, tmp_path, monkeypatch):
-    """Pinning opens a context on a GPU, which a run on the CPU has no use for."""
+    """Pinning opens a context on a GPU, which a run on the CPU does not need."""
     pinned, make_batches = [], dataLoader.make_batches
     monkeypatch.setattr(
         dataLoader, 'make_batches', lambda *args, **how: pinned.append(how['pin_memory']) or make_batches(*args)

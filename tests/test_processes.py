@@ -166,11 +166,13 @@ def test_a_check_goes_through_the_files_once(tree, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_wrong_is_said_once(tree, tmp_path):
-    os.remove(tree['eval_list'])
-    done = torchrun(ROOT / 'trainECAPAModel.py', *command_line(**{**SMALL, **tree}), cwd=tmp_path)
+@pytest.mark.parametrize(
+    'options, words', [({'eval_list': 'none.txt'}, '--eval_list'), ({'n_class': 2}, '--n_class 2')]
+)
+def test_what_is_wrong_is_said_once(tree, tmp_path, options, words):
+    done = torchrun(ROOT / 'trainECAPAModel.py', *command_line(**{**SMALL, **tree, **options}), cwd=tmp_path)
     assert done.returncode != 0
-    assert done.stderr.count('--eval_list') == 1 and 'trainECAPAModel.py", line' not in done.stderr
+    assert done.stderr.count(words) == 1 and 'trainECAPAModel.py", line' not in done.stderr
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(tree, monkeypatch):
