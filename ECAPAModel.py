@@ -81,7 +81,8 @@ class ECAPAModel(nn.Module):
         self.on_gpu = self.device.type == 'cuda'
         if precision == 'auto':
             precision = 'bf16' if self.on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else 'fp32'
-        torch.backends.cudnn.allow_tf32 = precision != 'exact'
+        if precision == 'exact':
+            torch.backends.cudnn.allow_tf32 = False
         self.precision = precision
         self.n_cpu, self.accumulate, self.freeze_epochs = n_cpu, accumulate, freeze_epochs
         self.warned_of_waiting, self.checkpoint = False, None
