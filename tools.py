@@ -175,16 +175,16 @@ def write_whole(path, write):
     """
     temporary = f'{path}.part'
     try:
-        # torch.save would make an error of its own of an interrupt.
-        with uninterrupted(), open(temporary, 'wb') as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if os.name != 'nt':  # or the renamed file might be gone after a power cut; Windows has no such call
-            folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        with uninterrupted():  # torch.save would make an error of its own of an interrupt
+            with open(temporary, 'wb') as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            if os.name != 'nt':  # or the renamed file might be gone after a power cut; Windows has no such call
+                folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
     except (OSError, RuntimeError) as error:
         # torch.save reports a full disk as a RuntimeError.
         with contextlib.suppress(OSError):
@@ -202,9 +202,10 @@ def uninterrupted():
     handlers, came = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}, []
 
     def wait(number, frame):
-        if came:
-            handlers[number](number, frame)
         came.append(number)
+        if len(came) > 1:
+            signal.signal(number, handlers[number])
+            signal.raise_signal(number)
 
     for number in handlers:
         signal.signal(number, wait)

@@ -22,7 +22,7 @@ import dataLoader
 import tools  # noqa: F401, for the kills
 import trainECAPAModel
 from ECAPAModel import ECAPAModel, load_model, newest_checkpoint, saved_models
-from tools import BadInput, read_scores, write_text
+from tools import BadInput, read_scores, write_text, write_whole
 
 pytestmark = pytest.mark.usefixtures('short_crops')
 ROOT = Path(__file__).parents[1]
@@ -202,6 +202,35 @@ def test_a_second_run_is_refused_and_a_signal_ends_the_first(tree, capsys, numbe
     assert 'Traceback' not in message
     saved = max(saved_models(tree['save_path'] + '/model').values())
     assert f'stopped by {name}: the same command continues after epoch {saved}' in message
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_waits_for_the_file_and_a_second_one_does_not(tmp_path, number):
+    def interrupted(count):
+        def write(file):
+            file.write(b'first half, ')
+            for _ in range(count):
+                signal.raise_signal(number)
+            file.write(b'second half')
+
+        return write
+
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(number, stop)
+    try:
+        for count, expected in ((1, b'first half, second half'), (2, b'first half, second half')):
+            with pytest.raises(KeyboardInterrupt):
+                write_whole(tmp_path / 'a.txt', interrupted(count))
+            assert (tmp_path / 'a.txt').read_bytes() == expected
+            assert signal.getsignal(number) is stop
+            (tmp_path / 'a.txt').write_bytes(expected)
+        with pytest.raises(KeyboardInterrupt):
+            write_whole(tmp_path / 'new.txt', interrupted(2))
+        assert not (tmp_path / 'new.txt').exists()
+    finally:
+        signal.signal(number, before)
 
 
 # Disks.
