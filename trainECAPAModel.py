@@ -70,14 +70,9 @@ def make_parser():
     add('--keep', type=number(int, 0), default=0, help='newest checkpoints to keep (0: all of them)')
     add('--max_bad', type=number(float, 0, 100), default=1.0, help='percent of training files that may be unusable')
     add('--force', action='store_true', help='continue a run although options that change its numbers differ')
+    speeds = {'nargs': '?', 'const': True, 'default': False, 'choices': ('drawn',)}
     add(
-        '--speed_perturb',
-        nargs='?',
-        const=True,
-        default=False,
-        choices=('drawn',),
-        help='add all speakers at 0.9 and '
-        '1.1 of their speed, as new speakers; drawn: of a crop one of the three, so that epochs stay as long',
+        '--speed_perturb', **speeds, help='speakers at 0.9 and 1.1 of their speed as new ones; drawn: same epoch length'
     )
     add('--augment', type=number(float, 0, 1), default=5 / 6, help='share of the crops that is augmented')
     add('--no_specaug', action='store_true', help='no SpecAugment')
@@ -88,14 +83,8 @@ def make_parser():
     add('--C', type=number(int, 8), help='channels; without it those of --initial_model, else 1024')
     add('--m', type=number(float, 0, math.pi), default=0.2, help='margin of AAM-softmax, in radians')
     add('--margin_from', type=number(float, 0, math.pi), help='margin at the beginning; without it --m throughout')
-    add(
-        '--margin_epochs',
-        type=number(float, 0),
-        nargs=2,
-        default=[0.0, 1.0],
-        metavar=('FROM', 'TO'),
-        help='epochs done between which the margin grows from --margin_from to --m',
-    )
+    ramp = {'type': number(float, 0), 'nargs': 2, 'default': [0.0, 1.0], 'metavar': ('FROM', 'TO')}
+    add('--margin_epochs', **ramp, help='epochs done between which the margin grows from --margin_from to --m')
     add('--s', type=number(float, 0), default=30, help='scale of AAM-softmax')
     add('--n_class', type=number(int, 1), help='speakers; without it those in --train_list')
 

@@ -74,14 +74,15 @@ def test_forward_and_evaluation_on_a_gpu_read_nothing_back(monkeypatch, precisio
 
 def test_compiled_training_is_one_graph_and_stays_it():
     """Neither an evaluation nor frozen epochs in between make it compile again."""
-    check_compilation(make_system(freeze_epochs=1))
+    assert compilations(make_system(freeze_epochs=1)) == 1
 
 
 def test_compiled_training_of_several_processes_is_one_graph(four_processes):
-    check_compilation(make_system(freeze_epochs=1))
+    assert compilations(make_system(freeze_epochs=1)) == 1
 
 
-def check_compilation(system):
+def compilations(system):
+    """How many graphs are compiled over frozen epochs and others, each followed by an evaluation."""
     counter, random = CompileCounter(), np.random.default_rng(0)
     torch._dynamo.reset()
     system.train_encode = torch.compile(system.speaker_encoder.encode, backend=counter, fullgraph=True)
@@ -91,7 +92,7 @@ def check_compilation(system):
         system.eval()
         with torch.inference_mode():
             system.embed_window([(0, batch[0][0])], torch.zeros(1, 2, 192))
-    assert counter.frame_count == 1
+    return counter.frame_count
 
 
 @pytest.mark.parametrize('accumulate', [1, 4])
