@@ -71,9 +71,7 @@ def make_parser():
     add('--max_bad', type=number(float, 0, 100), default=1.0, help='percent of training files that may be unusable')
     add('--force', action='store_true', help='continue a run although options that change its numbers differ')
     speeds = {'nargs': '?', 'const': True, 'default': False, 'choices': ('drawn',)}
-    add(
-        '--speed_perturb', **speeds, help='speakers at 0.9 and 1.1 of their speed as new ones; drawn: same epoch length'
-    )
+    add('--speed_perturb', **speeds, help='speakers at 0.9 and 1.1 speed as new ones; drawn: epochs stay as long')
     add('--augment', type=number(float, 0, 1), default=5 / 6, help='share of the crops that is augmented')
     add('--no_specaug', action='store_true', help='no SpecAugment')
     add('--initial_model', default='', help='checkpoint to start from, or to score with --eval')
