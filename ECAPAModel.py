@@ -91,11 +91,12 @@ class ECAPAModel(nn.Module):
         self.train_encode = torch.compile(self.speaker_encoder.encode) if compile else self.speaker_encoder.encode
         if no_specaug:
             self.speaker_encoder.specaug = nn.Identity()
-        settings = {'lr': lr, 'weight_decay': weight_decay, 'fused': True}
+        settings = {'lr': lr, 'weight_decay': weight_decay}
         if optimizer == 'sgd':
+            # Not fused, which cannot begin with the classifier alone.
             self.optim = torch.optim.SGD(self.parameters(), momentum=0.9, nesterov=True, **settings)
         else:
-            self.optim = torch.optim.Adam(self.parameters(), **settings)
+            self.optim = torch.optim.Adam(self.parameters(), fused=True, **settings)
         self.clip, self.schedule, self.lr, self.min_lr = clip, schedule, lr, min_lr
         self.warmup, self.max_epoch = warmup, max_epoch
         self.margins, self.margin_epochs = (m if margin_from is None else margin_from, m), margin_epochs
@@ -104,7 +105,8 @@ class ECAPAModel(nn.Module):
     def set_learning_rate(self, epoch, share=0.0):
         """Sets the learning rate and the margin where a share (0 to 1) of an epoch (from 1) is done; returns the rate.
 
-        Both are functions of these two alone, so the same after a resume and for any number of processes.
+        Both are functions of these two alone, so the same after a resume and for any number of processes. A warm-up
+        begins with a rate of 0, so its first step changes nothing but batch norms.
         """
         done = epoch - 1 + share
         with warnings.catch_warnings():
@@ -213,8 +215,8 @@ class ECAPAModel(nn.Module):
         """Scores and figures of what read_trial_lists returns: for each list {'raw': (scores (N,), operating_points)}.
 
         cohort_files: what choose_cohort returns. With top_n there is 'asnorm' too, by the top_n closest of these
-        speakers. With subtract_mean there are also 'centred' and 'centred asnorm': of embeddings less these speakers'
-        mean, scaled to unit length again, as the cohort's are.
+        speakers. With subtract_mean there are 'centred' and 'centred asnorm' too: of both vectors of a file minus these
+        speakers' mean, then of unit length, so that crops count by the cosine of their means; the cohort's likewise.
         """
         cohort = None if cohort_files is None else self.cohort(cohort_files)
         spaces, results = {'': (self.embed_files(paths), cohort)}, []
@@ -379,7 +381,11 @@ class ECAPAModel(nn.Module):
                 f'{len(self.speaker_loss.weight)}; choose another --save_path, and --initial_model to start from it'
             )
         if 'optim' in state:
+            group = dict(self.optim.param_groups[0])
+            if ('momentum' in state['optim']['param_groups'][0]) != ('momentum' in group):
+                raise BadInput(f'{path}: the optimiser beside it is another one; give the --optimizer it began with')
             self.optim.load_state_dict(state.pop('optim'))
+            self.optim.param_groups[0]['weight_decay'] = group['weight_decay']
         else:
             print(f'{path}: no usable .state beside it; the optimiser starts from the beginning', file=sys.stderr)
         return state
@@ -484,10 +490,11 @@ def newest_checkpoint(folder):
                 without_state = path, weights, {'epoch': epoch}
             if os.path.exists(state_path):
                 state, _ = read_file(state_path, 'the state of a training run')
-                if not isinstance(state, dict) or state.get('epoch') != epoch or 'param_groups' not in state['optim']:
+                optim = state.get('optim') if isinstance(state, dict) else None
+                if not isinstance(optim, dict) or 'param_groups' not in optim or state.get('epoch') != epoch:
                     raise BadInput(f'{state_path}: not the state of a training run after epoch {epoch}')
                 return path, weights, state
-        except (BadInput, KeyError, TypeError) as error:
+        except BadInput as error:
             print(f'{error}\nlooking for a checkpoint before it', file=sys.stderr)
     return without_state
 

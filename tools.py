@@ -199,7 +199,8 @@ def uninterrupted():
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers, came = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}, []
+    found, came = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}, []
+    handlers = {number: handler for number, handler in found.items() if handler not in (None, signal.SIG_IGN)}
 
     def wait(number, frame):
         came.append(number)
@@ -207,15 +208,16 @@ def uninterrupted():
             signal.signal(number, handlers[number])
             signal.raise_signal(number)
 
-    for number in handlers:
-        signal.signal(number, wait)
     try:
+        for number in handlers:
+            signal.signal(number, wait)
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if came:
-        signal.raise_signal(came[0])
+        if came:
+            # Also where the block failed: a worker that the same Ctrl-C ended, for one.
+            signal.raise_signal(came[0])
 
 
 def fetch(loader):

@@ -45,8 +45,8 @@ def make_parser():
     add('--accumulate', type=number(int, 1), default=1, help='parts of a batch, one after another, to save memory')
     add('--freeze_epochs', type=number(int, 0), default=0, help='first epochs that train the classifier alone')
     add('--optimizer', choices=('adam', 'sgd'), default='adam', help='sgd: with Nesterov momentum 0.9')
-    add('--weight_decay', type=number(float, 0), default=2e-5, help='of all weights')
-    add('--clip', type=number(float, 0), default=0.0, help='largest norm of the gradient (0: any)')
+    add('--weight_decay', type=number(float, 0), default=2e-5, help='L2 penalty on all weights')
+    add('--clip', type=number(float, 0), default=0.0, help='largest norm of the gradient (0: no limit)')
     add('--lr', type=number(float, 0), default=0.001, help='learning rate')
     add('--schedule', choices=('step', 'cosine'), default='step', help='cosine: from --lr to --min_lr at --max_epoch')
     add('--lr_decay', type=number(float, 0), default=0.97, help='step: factor on the rate every test_step epochs')
@@ -71,7 +71,7 @@ def make_parser():
     add('--max_bad', type=number(float, 0, 100), default=1.0, help='percent of training files that may be unusable')
     add('--force', action='store_true', help='continue a run although options that change its numbers differ')
     speeds = {'nargs': '?', 'const': True, 'default': False, 'choices': ('drawn',)}
-    add('--speed_perturb', **speeds, help='speakers at 0.9 and 1.1 speed as new ones; drawn: epochs stay as long')
+    add('--speed_perturb', **speeds, help='0.9 and 1.1 speed as new speakers; drawn: one speed for each crop')
     add('--augment', type=number(float, 0, 1), default=5 / 6, help='share of the crops that is augmented')
     add('--no_specaug', action='store_true', help='no SpecAugment')
     add('--initial_model', default='', help='checkpoint to start from, or to score with --eval')
@@ -82,7 +82,7 @@ def make_parser():
     add('--m', type=number(float, 0, math.pi), default=0.2, help='margin of AAM-softmax, in radians')
     add('--margin_from', type=number(float, 0, math.pi), help='margin at the beginning; without it --m throughout')
     ramp = {'type': number(float, 0), 'nargs': 2, 'default': [0.0, 1.0], 'metavar': ('FROM', 'TO')}
-    add('--margin_epochs', **ramp, help='epochs done between which the margin grows from --margin_from to --m')
+    add('--margin_epochs', **ramp, help='finished epochs between which the margin grows to --m')
     add('--s', type=number(float, 0), default=30, help='scale of AAM-softmax')
     add('--n_class', type=number(int, 1), help='speakers; without it those in --train_list')
 
@@ -90,7 +90,7 @@ def make_parser():
     add('--score_norm', choices=('none', 'asnorm'), default='none', help='asnorm: also scores normalised by a cohort')
     add('--cohort_utterances', type=number(int, 1), default=20, help='of each speaker in --train_list, for the cohort')
     add('--top_n', type=number(int, 2), default=400, help='closest cohort speakers that normalise a score')
-    add('--subtract_mean', action='store_true', help="also scores less the training speakers' mean embedding")
+    add('--subtract_mean', action='store_true', help="also scores minus the training speakers' mean")
 
     add = parser.add_argument_group('command (without one of these: train)').add_argument
     add('--check', action='store_true', help='check everything that training needs, every file included, and stop')
@@ -227,6 +227,10 @@ def build(args, speakers):
         raise BadInput('--keep_classifier needs --initial_model, the checkpoint whose classifier goes on')
     if args.batch_size < 2 * args.accumulate * process_count():
         raise BadInput(f'--accumulate {args.accumulate}: every part of a batch must have 2 utterances, for batch norm')
+    if args.warmup >= args.max_epoch or args.min_lr > args.lr or args.margin_epochs[0] > args.margin_epochs[1]:
+        raise BadInput(
+            '--warmup must be shorter than --max_epoch, --min_lr at most --lr, --margin_epochs in their order'
+        )
     if args.initial_model:
         weights, _ = read_checkpoint(args.initial_model)
         found, trained = checkpoint_sizes(weights)
@@ -328,13 +332,14 @@ def start(system, initial_weights, identity, args):
         for tensor in system.state_dict().values():
             dist.broadcast(tensor, 0)
     done = done or {'epoch': 0}
-    found = sorted(set(tools.gather([(done['epoch'], 'loss' in done)])))
+    scores = [score for score in tools.read_scores(args.score_save_path) if score[0] <= done['epoch']]
+    found = sorted(set(tools.gather([(done['epoch'], 'loss' in done, len(scores))])))
     if len(found) > 1:
         raise BadInput(
             f'--save_path {args.save_path}: the processes see different checkpoints, after epochs '
-            f'{[epoch for epoch, _ in found]}; it must be one folder that all machines share'
+            f'{[epoch for epoch, *_ in found]}; it must be one folder that all machines share'
         )
-    return done, [score for score in tools.read_scores(args.score_save_path) if score[0] <= done['epoch']]
+    return done, scores
 
 
 def write_options(args):
@@ -392,7 +397,7 @@ def read_results(folder):
 
 
 def write_results(results, trial_lists, checkpoint, args):
-    """Writes SAVE_PATH/results.json, and for each list scores/LIST.txt (`label score [normalised] enrolment test`).
+    """Writes SAVE_PATH/results.json, and for each list scores/LIST.txt (`label scores... enrolment test`).
 
     What results.json holds of other lists stays. Of two lists of one name, the second's file gets a number.
     """

@@ -12,6 +12,7 @@ import os
 
 import torch
 
+from dataLoader import require
 from ECAPAModel import read_checkpoint, saved_models
 from tools import BadInput, exit_on_bad_input, write_whole
 
@@ -33,7 +34,11 @@ def average(models, last, out):
     if os.path.isdir(models[0]):
         paths = list(saved_models(models[0]))[:last][::-1]
         if len(models) > 1 or not 0 < last <= len(paths):
-            raise BadInput(f'{models[0]}: holds {len(paths)} checkpoints, --last is {last}; give one folder, or files')
+            raise BadInput(
+                f'{models[0]}: holds {len(saved_models(models[0]))} checkpoints, --last is {last}; choose fewer'
+            )
+    for path in paths:
+        require(os.path.isfile, path, 'models')
     if os.path.exists(out):
         raise BadInput(f'--out {out} is there already; remove it or choose another name')
     total = {}

@@ -50,22 +50,28 @@ def read_experiments(paths):
         curves[name] = lines
         scores = os.path.join(folder, 'scores')
         for file in sorted(os.listdir(scores)) if os.path.isdir(scores) else []:
+            kinds = kinds_of(folder, file)
+            if not kinds:
+                print(f'not drawn: {os.path.join(scores, file)}, which results.json beside it does not name')
+                continue
             labels, *columns = read_trial_scores(os.path.join(scores, file))
-            for kind, values in zip(kinds_of(folder, file), columns):
+            if len(kinds) != len(columns):
+                raise BadInput(f'{os.path.join(scores, file)}: other columns than results.json names; score it again')
+            for kind, values in zip(kinds, columns):
                 verification.setdefault(os.path.splitext(file)[0], {})[f'{name}, {kind}'] = values, labels
     return curves, verification
 
 
 def kinds_of(folder, file):
-    """Names of the columns of scores in a file of --eval, as results.json has them."""
+    """Names of the columns of scores in a file of --eval, as results.json has them; none where it has no such file."""
     for entry in read_results(folder)['lists'].values():
         if os.path.basename(entry['scores']) == file:
             return [kind for kind, figures in entry.items() if isinstance(figures, dict) and 'EER' in figures]
-    raise BadInput(f'{folder}/scores/{file}: results.json beside it does not name it')
+    return []
 
 
 def read_trial_scores(path):
-    """Columns of a file of --eval, lines `label score [normalised] enrolment test`: labels, and scores of each kind."""
+    """Columns of a file of --eval, lines `label scores... enrolment test`: labels, and scores of each kind."""
     try:
         with open(path, encoding='utf-8', errors='surrogateescape') as lines:
             columns = np.array([line.split()[:-2] for line in lines], float).T

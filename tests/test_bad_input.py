@@ -117,6 +117,8 @@ def test_training_is_refused(tree, capsys, case):
         ({'batch_size': 13}, ['--batch_size 13', '12 utterances']),
         ({'n_class': 3}, ['--n_class 3', '4 speakers']),
         ({'C': 12}, ['--C 12', 'multiple of 8']),
+        ({'warmup': 1}, ['--warmup']),
+        ({'min_lr': 1}, ['--min_lr']),
         ({'lr': 'fast'}, ['--lr', 'fast']),
         ({'lr': 'nan'}, ['--lr', 'nan']),
         ({'max_epoch': 0}, ['--max_epoch', '0']),

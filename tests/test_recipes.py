@@ -112,6 +112,18 @@ def test_a_restart_in_the_middle_of_the_ramp_changes_nothing(tree, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*momenta)) and len(momenta[0]) > 50
 
 
+def test_frozen_epochs_with_sgd_and_forced_changes(tree, capsys):
+    """The encoder's momentum begins later than the classifier's; --force applies what it says."""
+    small = {**tree, 'C': 8, 'num_frames': 20, 'batch_size': 4, 'n_cpu': 0, 'device': 'cpu', 'freeze_epochs': 1}
+    trainECAPAModel.main(command_line(optimizer='sgd', max_epoch=2, **small))
+    trainECAPAModel.main(command_line('--force', optimizer='sgd', max_epoch=3, weight_decay=0.5, **small))
+    state = torch.load(f'{tree["save_path"]}/model/model_0003.state', weights_only=True)['optim']
+    assert state['param_groups'][0]['weight_decay'] == 0.5
+    with pytest.raises(SystemExit) as stop:
+        trainECAPAModel.main(command_line('--force', optimizer='adam', max_epoch=4, **small))
+    assert stop.value.code == 2 and 'give the --optimizer it began with' in capsys.readouterr().err
+
+
 def test_a_cosine_is_not_continued_to_another_end(tree, capsys):
     small = {**tree, 'C': 8, 'num_frames': 20, 'batch_size': 4, 'n_cpu': 0, 'device': 'cpu'}
     trainECAPAModel.main(command_line(schedule='cosine', max_epoch=1, **small))
@@ -238,7 +250,7 @@ def test_recipes_run(tree, tmp_path, recipe):
     torch.manual_seed(1)
     ECAPAModel(**PUBLISHED).save_parameters(tmp_path / 'a.model')
     arguments = command_line(**{**tree, 'save_path': tmp_path / 'exp'}, device='cpu', n_cpu=0)
-    small = command_line(num_frames=20, batch_size=12, max_epoch=1, test_step=1)
+    small = command_line(num_frames=20, batch_size=12, max_epoch=1, test_step=1, warmup=0)
     sizes = (
         ['--initial_model', str(tmp_path / 'a.model')] if recipe in ('finetune.txt', 'strong_lm.txt') else ['--C', '8']
     )

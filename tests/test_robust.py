@@ -22,7 +22,7 @@ import dataLoader
 import tools  # noqa: F401, for the kills
 import trainECAPAModel
 from ECAPAModel import ECAPAModel, load_model, newest_checkpoint, saved_models
-from tools import BadInput, read_scores, write_text, write_whole
+from tools import BadInput, read_scores, uninterrupted, write_text, write_whole
 
 pytestmark = pytest.mark.usefixtures('short_crops')
 ROOT = Path(__file__).parents[1]
@@ -229,6 +229,9 @@ def test_a_signal_waits_for_the_file_and_a_second_one_does_not(tmp_path, number)
         with pytest.raises(KeyboardInterrupt):
             write_whole(tmp_path / 'new.txt', interrupted(2))
         assert not (tmp_path / 'new.txt').exists()
+        with pytest.raises(KeyboardInterrupt), uninterrupted():
+            signal.raise_signal(number)
+            raise RuntimeError('DataLoader worker (pid 7) exited, by the same Ctrl-C')
     finally:
         signal.signal(number, before)
 
