@@ -325,7 +325,7 @@ def test_a_large_margin_goes_on_with_the_classifier(tree, tmp_path, capsys):
     small = {**tree, 'C': 8, 'num_frames': 20, 'batch_size': 12, 'max_epoch': 1}
     run('--speed_perturb', **small)
     model = tree['save_path'] + '/model/model_0001.model'
-    second = {**small, 'save_path': str(tmp_path / 'second'), 'initial_model': model, 'lr': 0}
+    second = {**small, 'save_path': str(tmp_path / 'second'), 'initial_model': model, 'lr': 0, 'min_lr': 0}
     del second['C']
     recipe = f'@{ROOT}/exps/recipes/strong_lm.txt'
     run(recipe, **second)
