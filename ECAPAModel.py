@@ -1,8 +1,10 @@
 """The system: encoder, classifier and optimiser; a step, an epoch, evaluation; below, saving and loading."""
 
 import contextlib
+import functools
 import glob
 import io
+import json
 import math
 import os
 import re
@@ -19,7 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import tools
-from dataLoader import EVAL_CROP, RATE, EvalUtterances, eval_crops, read_trial_lists
+from dataLoader import EVAL_CROP, RATE, Strings, eval_crops, read_any, read_audio, read_trial_lists, read_utterance
 from loss import AAMsoftmax
 from model import ECAPA_TDNN, HOP
 from tools import BadInput, process_count, process_rank, say
@@ -45,37 +47,10 @@ class ECAPAModel(nn.Module):
     training; n_cpu: processes that read files in evaluation; accumulate: parts that a batch goes through the network
     in, to save memory; freeze_epochs: first epochs that train the classifier alone.
 
-    Where processes train together (torch.distributed is initialised), gradients are averaged over them, and batch norms
-    use the statistics of all of them.
+    Where processes train together, gradients are averaged over them, and batch norms use the statistics of all.
     """
 
-    def __init__(
-        self,
-        lr,
-        lr_decay,
-        C,
-        n_class,
-        m,
-        s,
-        test_step,
-        device='auto',
-        precision='auto',
-        compile=False,
-        n_cpu=0,
-        accumulate=1,
-        freeze_epochs=0,
-        optimizer='adam',
-        weight_decay=2e-5,
-        clip=0.0,
-        schedule='step',
-        min_lr=0.0,
-        warmup=0.0,
-        max_epoch=80,
-        margin_from=None,
-        margin_epochs=(0, 1),
-        no_specaug=False,
-        **kwargs,
-    ):
+    def __init__(self, lr, lr_decay, C, n_class, m, s, test_step, device='auto', precision='auto', n_cpu=0, **options):
         super().__init__()
         self.device = choose_device(device)
         self.on_gpu = self.device.type == 'cuda'
@@ -84,22 +59,26 @@ class ECAPAModel(nn.Module):
         if precision == 'exact':
             torch.backends.cudnn.allow_tf32 = False
         self.precision = precision
-        self.n_cpu, self.accumulate, self.freeze_epochs = n_cpu, accumulate, freeze_epochs
+        self.n_cpu, self.accumulate = n_cpu, options.get('accumulate', 1)
+        self.freeze_epochs, self.max_epoch = options.get('freeze_epochs', 0), options.get('max_epoch', 80)
         self.warned_of_waiting, self.checkpoint = False, None
         self.speaker_encoder = ECAPA_TDNN(C=C).to(self.device)
         self.speaker_loss = AAMsoftmax(n_class=n_class, m=m, s=s).to(self.device)
-        self.train_encode = torch.compile(self.speaker_encoder.encode) if compile else self.speaker_encoder.encode
-        if no_specaug:
+        self.train_encode = self.speaker_encoder.encode
+        if options.get('compile'):
+            self.train_encode = torch.compile(self.train_encode)
+        if options.get('no_specaug'):
             self.speaker_encoder.specaug = nn.Identity()
-        settings = {'lr': lr, 'weight_decay': weight_decay}
-        if optimizer == 'sgd':
+        settings = {'lr': lr, 'weight_decay': options.get('weight_decay', 2e-5)}
+        if options.get('optimizer') == 'sgd':
             # Not fused, which cannot begin with the classifier alone.
             self.optim = torch.optim.SGD(self.parameters(), momentum=0.9, nesterov=True, **settings)
         else:
             self.optim = torch.optim.Adam(self.parameters(), fused=True, **settings)
-        self.clip, self.schedule, self.lr, self.min_lr = clip, schedule, lr, min_lr
-        self.warmup, self.max_epoch = warmup, max_epoch
-        self.margins, self.margin_epochs = (m if margin_from is None else margin_from, m), margin_epochs
+        self.clip, self.warmup = options.get('clip', 0), options.get('warmup', 0)
+        self.schedule, self.lr, self.min_lr = options.get('schedule', 'step'), lr, options.get('min_lr', 0)
+        first = options.get('margin_from')
+        self.margins, self.margin_epochs = (m if first is None else first, m), options.get('margin_epochs', (0, 1))
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optim, step_size=test_step, gamma=lr_decay)
 
     def set_learning_rate(self, epoch, share=0.0):
@@ -159,9 +138,8 @@ class ECAPAModel(nn.Module):
     def train_network(self, epoch, loader):
         """One epoch over a loader of (waveforms (B, samples), labels (B,)).
 
-        Returns (mean loss, learning rate, mean accuracy in percent) of all processes. The progress bar shows, besides
-        these, utterances a second and the share of the time spent waiting for data. Raises Diverged at most LOOK_EVERY
-        steps after a loss or gradient that is not finite.
+        Returns (mean loss, learning rate, mean accuracy in percent) of all processes, which the progress bar shows too.
+        Raises Diverged at most LOOK_EVERY steps after a loss or gradient that is not finite.
         """
         self.train()
         self.checkpoint = None
@@ -185,24 +163,18 @@ class ECAPAModel(nn.Module):
                         raise Diverged(epoch, steps - len(not_seen) + 1 + first, not_seen[first][0])
                     not_seen, totals = [], totals + results.sum(dim=0)
                     (loss, accuracy, _), elapsed = (totals / steps).tolist(), time.perf_counter() - begin
-                    bar.set_postfix_str(
-                        f'loss {loss:.3f}, acc {accuracy:.2f}%, lr {lr:.6f}, '
-                        f'{steps * len(labels) * process_count() / elapsed:.0f} utt/s, '
-                        f'{100 * seconds_waited / elapsed:.0f}% waiting for data',
-                        refresh=False,
-                    )
+                    rate, share = steps * len(labels) * process_count() / elapsed, seconds_waited / elapsed
+                    figures = f'loss {loss:.3f}, acc {accuracy:.2f}%, lr {lr:.6f}, {rate:.0f} utt/s'
+                    bar.set_postfix_str(f'{figures}, {100 * share:.0f}% waiting for data', refresh=False)
                 bar.update()
                 asked = time.perf_counter()
         if steps == 0:
             raise BadInput('an epoch has no full batch: the training list is shorter than --batch_size')
-        share = seconds_waited / (time.perf_counter() - begin)
         if share > 0.3 and steps > 20 and not self.warned_of_waiting and process_rank() == 0:
             self.warned_of_waiting = True
-            print(
-                f'Training waited for data {100 * share:.0f}% of the time: the loader is the bottleneck. Try another '
-                f'--n_cpu (now {self.n_cpu}; this machine has {tools.available_cpus()} processors), or a faster disk.',
-                file=sys.stderr,
-            )
+            waited = f'Training waited for data {100 * share:.0f}% of the time: the loader is the bottleneck.'
+            counts = f'now {self.n_cpu}; this machine has {tools.available_cpus()} processors'
+            print(f'{waited} Try another --n_cpu ({counts}), or a faster disk.', file=sys.stderr)
         loss, accuracy, _ = (tools.sum_over_processes(totals.to(self.device)) / (steps * process_count())).tolist()
         return loss, lr, accuracy
 
@@ -214,29 +186,69 @@ class ECAPAModel(nn.Module):
     def score_lists(self, paths, trial_lists, cohort_files=None, top_n=None, subtract_mean=False):
         """Scores and figures of what read_trial_lists returns: for each list {'raw': (scores (N,), operating_points)}.
 
-        cohort_files: what choose_cohort returns. With top_n there is 'asnorm' too, by the top_n closest of these
-        speakers. With subtract_mean there are 'centred' and 'centred asnorm' too: of both vectors of a file minus these
-        speakers' mean, then of unit length, so that crops count by the cosine of their means; the cohort's likewise.
+        cohort_files: what choose_cohort returns. The other kinds are those of score_pairs and, where the checkpoint has
+        a calibration for one of these, 'calibrated': log-likelihood ratios, with calibration_figures besides.
         """
         cohort = None if cohort_files is None else self.cohort(cohort_files)
-        spaces, results = {'': (self.embed_files(paths), cohort)}, []
+        files, options, results = self.embed_with_quality(paths), (cohort, top_n, subtract_mean), []
+        scored = [self.score_pairs(*map(trials.mean, files), trials.pairs, *options) for trials in trial_lists]
+        calibration = self.calibration(scored[0][0], [trials.digest for trials in trial_lists])
+        for trials, (scores, measures) in zip(trial_lists, scored):
+            labels = trials.labels
+            results.append({kind: (s, tools.operating_points(s, labels)) for kind, s in scores.items()})
+            if calibration:
+                ratios = tools.log_likelihood_ratios(calibration, scores, measures, trials.pairs)
+                figures = tools.operating_points(ratios, labels) | tools.calibration_figures(ratios, labels)
+                results[-1]['calibrated'] = ratios, figures
+        return results
+
+    def score_pairs(self, embeddings, quality, pairs, cohort=None, top_n=None, subtract_mean=False):
+        """({kind: scores (N,)}, {quality measure: (files,)}) of pairs (N, 2) of what embed_with_quality returns.
+
+        With top_n there is 'asnorm' besides 'raw', by the top_n closest speakers of the cohort, and their mean score is
+        a measure. With subtract_mean there are 'centred' and 'centred asnorm' too: of both vectors of a file minus the
+        cohort's mean, then of unit length, so that crops count by the cosine of their means; the cohort's likewise.
+        """
+        # The mean of several utterances is shorter than 1.
+        embeddings[:, 0] /= np.linalg.norm(embeddings[:, 0], axis=1, keepdims=True)
+        spaces, scores = {'': (embeddings, cohort)}, {}
         if subtract_mean:
             centred = (vectors - cohort.mean(axis=0) for vectors in spaces[''])
             spaces['centred '] = tuple(vectors / np.linalg.norm(vectors, axis=2, keepdims=True) for vectors in centred)
-        for trials in trial_lists:
-            pairs, scores = trials.rows[trials.pairs], {}
-            for space, (embeddings, speakers) in spaces.items():
-                raw = scores[space.strip() or 'raw'] = tools.score_pairs(embeddings, pairs)
-                if top_n:
-                    scores[f'{space}asnorm'] = tools.as_norm(raw, embeddings, pairs, speakers, top_n)
-            results.append({kind: (s, tools.operating_points(s, trials.labels)) for kind, s in scores.items()})
-        return results
+        for space, (vectors, speakers) in spaces.items():
+            raw = scores[space.strip() or 'raw'] = tools.score_pairs(vectors, pairs)
+            if top_n:
+                scores[f'{space}asnorm'] = tools.as_norm(raw, vectors, pairs, speakers, top_n)
+        measures = {'duration': np.log(quality[:, 0]), 'size': quality[:, 1]}
+        if top_n:
+            measures['cohort'] = tools.cohort_moments(embeddings, cohort, top_n)[0]
+        return scores, measures
+
+    def calibration(self, kinds, digests=()):
+        """What exps.calibrate wrote beside the checkpoint for one of these kinds of scores; None, with a note, where it
+        is for others, or was fitted on a list with one of these digests.
+        """
+        path = f'{self.checkpoint["path"]}.calibration.json' if self.checkpoint else ''
+        if not os.path.exists(path):
+            return None
+        try:
+            with open(path, encoding='utf-8') as file:
+                found = json.load(file)
+            doubts = {
+                'is for other weights': found['checkpoint']['sha256'] != self.checkpoint['sha256'],
+                'was fitted on this list, so its figures would be too good': found['list']['sha256'] in digests,
+                f'is for {found["kind"]} scores (--score_norm, --subtract_mean)': found['kind'] not in kinds,
+            }
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(f'{path}: not what exps.calibrate writes; move it away') from error
+        why = next((why for why, holds in doubts.items() if holds), None)
+        if why:
+            say(f'note          not calibrated: {path} {why}')
+        return None if why else found
 
     def cohort(self, files):
         """Cohort of as_norm, (speakers, 2, 192): the mean of embed_files over each speaker's files, a list for each, so
-        that a score against it is the mean of the scores against these.
-
-        Where the weights are those of a checkpoint, it is kept beside it until something that it depends on changes.
+        that a score against it is the mean of the scores against these. It is kept beside the checkpoint.
         """
         checkpoint, paths = self.checkpoint or {'path': '', 'sha256': ''}, [path for each in files for path in each]
         kept_in = f'{checkpoint["path"]}.cohort.npz'
@@ -259,10 +271,15 @@ class ECAPAModel(nn.Module):
         """Unit embeddings of whole files, float32 (N, 192); other rates and channels are converted, with a note."""
         return self.embed_files(paths, any_format=True)[:, 0]
 
-    @torch.inference_mode()
     def embed_files(self, paths, any_format=False):
+        """The first of what embed_with_quality returns."""
+        return self.embed_with_quality(paths, any_format)[0]
+
+    @torch.inference_mode()
+    def embed_with_quality(self, paths, any_format=False):
         """Each file as two vectors, float32 (N, 2, 192): its whole utterance's unit embedding, and the mean of the unit
-        embeddings of its five crops, so that the dot product of two means is the mean over 25 pairs of crops.
+        embeddings of its five crops, so that the dot product of two means is the mean over 25 pairs of crops. And its
+        quality, float32 (N, 2): seconds, and the length of the first before it was made a unit vector.
 
         A recording of more than five minutes counts as the mean of its equal parts. Where processes train together each
         reads its part of the files, and all return the same. Raises BadInput that names every file that cannot be used,
@@ -270,11 +287,13 @@ class ECAPAModel(nn.Module):
         """
         self.eval()
         mine = range(process_rank(), len(paths), process_count())
-        dataset = EvalUtterances([paths[i] for i in mine], any_format)
-        files = DataLoader(dataset, batch_size=None, num_workers=min(self.n_cpu, len(mine)), pin_memory=self.on_gpu)
+        options = {'num_workers': min(self.n_cpu, len(mine)), 'pin_memory': self.on_gpu}
+        read = functools.partial(read_utterance, read_any if any_format else read_audio)
+        files = DataLoader(Strings(paths[i] for i in mine), batch_size=None, collate_fn=read, **options)
         bar = {'total': len(mine), 'unit': 'file', 'disable': process_rank() > 0 or None, 'leave': False}
         files = tqdm(tools.fetch(files), 'evaluating', **bar)
         embeddings = torch.zeros(len(paths), 2, 192, device=self.device)
+        quality = torch.zeros(len(paths), 2, device=self.device)
         window, frames, faults, long = [], 0, [], []
         for index, audio in zip(mine, files):
             if isinstance(audio, str):
@@ -282,13 +301,14 @@ class ECAPAModel(nn.Module):
             if faults:
                 continue
             long += [paths[index]] * (len(audio) > LONGEST)
+            quality[index, 0] = len(audio) / RATE
             window.append((index, audio.to(self.device, non_blocking=True)))
             frames += 1 + len(audio) // HOP
             if frames > WINDOW_FRAMES:
-                self.embed_window(window, embeddings)
+                self.embed_window(window, embeddings, quality)
                 window, frames = [], 0
-        self.embed_window(window, embeddings)
-        embeddings = tools.sum_over_processes(embeddings).cpu()
+        self.embed_window(window, embeddings, quality)
+        embeddings, quality = (tools.sum_over_processes(tensor).cpu() for tensor in (embeddings, quality))
         faults, long = tools.gather(faults), tools.gather(long)
         if not faults:
             # Numbers too large for float32 end as NaN, or as zeros where the norm alone is too large.
@@ -299,19 +319,17 @@ class ECAPAModel(nn.Module):
         if long:
             say(f'note          longer than five minutes, so embedded in parts: {len(long)} files, {long[0]} for one')
         embeddings[:, 0] = F.normalize(embeddings[:, 0])
-        return embeddings.numpy()
+        quality[:, 1] /= (quality[:, 0] * RATE / LONGEST).ceil()
+        return embeddings.numpy(), quality.numpy()
 
-    def embed_window(self, window, embeddings):
-        """Fills in embeddings (N, 2, 192), zeros so far, from a list of (index, audio (samples,)) on the device.
+    def embed_window(self, window, embeddings, quality):
+        """Fills in embeddings (N, 2, 192) and quality[:, 1], zeros so far, from a list of (index, audio (samples,)).
 
         Whole utterances of about the same length share a batch. Nothing waits for a GPU.
         """
         encoder, batch_frames = self.speaker_encoder, BATCH_FRAMES if self.on_gpu else CPU_BATCH_FRAMES
-        items = [
-            (index, encoder.features(part[None]))
-            for index, audio in window
-            for part in audio.tensor_split(-(-len(audio) // LONGEST))
-        ]
+        parts = ((index, part) for index, audio in window for part in audio.tensor_split(-(-len(audio) // LONGEST)))
+        items = [(index, encoder.features(part[None])) for index, part in parts]
         items.sort(key=lambda item: item[1].shape[2], reverse=True)
         step = SHAPE_STEP if self.on_gpu else 1
         while items:
@@ -323,6 +341,7 @@ class ECAPAModel(nn.Module):
             padded = torch.cat([F.pad(x, (0, longest - x.shape[2])) for x in features])
             embedding = encoder.encode(padded, None if min(frames) == longest else self.upload(frames))
             embeddings[:, 0].index_add_(0, self.upload(indices), F.normalize(embedding))
+            quality[:, 1].index_add_(0, self.upload(indices), embedding.norm(dim=1))
         size = max(1, batch_frames // (5 * (1 + EVAL_CROP // HOP)))
         for start in range(0, len(window), size):
             indices, audio = zip(*window[start : start + size])
@@ -344,8 +363,7 @@ class ECAPAModel(nn.Module):
     def save_training(self, folder, epoch, keep=0, **rest):
         """Writes model_EPOCH.model and, beside it, model_EPOCH.state: what else a resume needs, `rest` included.
 
-        A state is twice the size of the model, so only the two newest are kept; of the models, `keep` if that is not 0.
-        Raises BadInput where the disk refuses, with what was saved before untouched.
+        The two newest states are kept, and of the models `keep` if that is not 0. BadInput where the disk refuses.
         """
         broken = [name for name, tensor in self.state_dict().items() if not tensor.isfinite().all()]
         if broken:
@@ -359,9 +377,8 @@ class ECAPAModel(nn.Module):
     def resume(self, folder, identity, force=False):
         """Loads the newest checkpoint of a folder that can be read, with the optimiser's state beside it.
 
-        identity: {option: value} of what changes the numbers of this run. Raises BadInput where the checkpoint's
-        differ, unless force is given, before anything is loaded. Returns the state without the optimiser's, with the
-        options that `changed`; None where there is nothing to resume.
+        identity: {option: value} of what changes the numbers of this run, BadInput where the checkpoint's differ unless
+        force is given. Returns the state without the optimiser's, with the options that `changed`; None for no run.
         """
         path, weights, state = newest_checkpoint(folder)
         if path is None:
@@ -370,16 +387,17 @@ class ECAPAModel(nn.Module):
         differ = [name for name in identity if then.get(name, identity[name]) != identity[name]]
         state['changed'] = [f'--{name} {identity[name]} (was {then[name]})' for name in differ]
         if differ and not force:
-            raise BadInput(
-                f'{folder} holds a run with other options, which would change its numbers:\n'
-                + '\n'.join(state['changed'])
-                + '\nGive those it began with (options.txt), choose another --save_path, or add --force.'
-            )
-        if self.load_weights(weights, path):
-            raise BadInput(
-                f'{path}: cannot be continued: it has {checkpoint_sizes(weights)[1]} speakers, this run '
-                f'{len(self.speaker_loss.weight)}; choose another --save_path, and --initial_model to start from it'
-            )
+            remedy = 'Give those it began with (options.txt), choose another --save_path, or add --force.'
+            lines = [
+                f'{folder} holds a run with other options, which would change its numbers:',
+                *state['changed'],
+                remedy,
+            ]
+            raise BadInput('\n'.join(lines))
+        if self.load_parameters(path, weights):
+            counts = f'it has {checkpoint_sizes(weights)[1]} speakers, this run {len(self.speaker_loss.weight)}'
+            remedy = 'choose another --save_path, and --initial_model to start from it'
+            raise BadInput(f'{path}: cannot be continued: {counts}; {remedy}')
         if 'optim' in state:
             group = dict(self.optim.param_groups[0])
             if ('momentum' in state['optim']['param_groups'][0]) != ('momentum' in group):
@@ -390,25 +408,18 @@ class ECAPAModel(nn.Module):
             print(f'{path}: no usable .state beside it; the optimiser starts from the beginning', file=sys.stderr)
         return state
 
-    def load_parameters(self, path):
-        """Loads a checkpoint; returns the names of its tensors that do not fit and were left out.
-
-        Only the classifier may differ, for another set of speakers: raises BadInput for an encoder that does not fit.
+    def load_parameters(self, path, weights=None):
+        """Loads a checkpoint, or the weights that were read from it; returns the names of those left out, a classifier
+        of other speakers. Raises BadInput for an encoder that does not fit.
         """
-        return self.load_weights(read_checkpoint(path)[0], path)
-
-    def load_weights(self, weights, path):
-        """load_parameters of the state dict that was read from a path."""
-        own = self.state_dict()
+        weights, own = weights or read_checkpoint(path)[0], self.state_dict()
         shapes, own_shapes = ({name: tensor.shape for name, tensor in tensors.items()} for tensors in (weights, own))
         unfit = [name for name in own_shapes | shapes if own_shapes.get(name) != shapes.get(name)]
         encoder = [name for name in unfit if name.startswith('speaker_encoder.')]
         if encoder:
-            raise BadInput(
-                f'{path}: the encoder does not fit: {len(encoder)} tensors are missing, unknown or of another shape, '
-                f'{encoder[0]} for one; the checkpoint has {checkpoint_sizes(weights)[0]} channels, the model '
-                f'{self.speaker_encoder.conv1.out_channels} (--C)'
-            )
+            wrong = f'{len(encoder)} tensors are missing, unknown or of another shape, {encoder[0]} for one'
+            sizes = checkpoint_sizes(weights)[0], self.speaker_encoder.conv1.out_channels
+            raise BadInput(f'{path}: the encoder does not fit: {wrong}; it has %d channels, the model %d (--C)' % sizes)
         self.load_state_dict({name: tensor for name, tensor in weights.items() if name not in unfit}, strict=False)
         self.checkpoint = None
         return unfit
@@ -438,10 +449,9 @@ def choose_device(name='auto'):
 
 
 def load_model(path, **kwargs):
-    """ECAPAModel with the sizes and the weights of a checkpoint; kwargs as ECAPAModel's, such as device.
+    """ECAPAModel with the sizes and the weights of a checkpoint, which its `checkpoint` names: {'path', 'sha256'}.
 
-    Raises BadInput for a C or n_class among kwargs that contradicts the checkpoint. The system's `checkpoint` says what
-    was loaded: {'path', 'sha256'}.
+    kwargs: as ECAPAModel's, such as device. Raises BadInput for a C or n_class that contradicts the checkpoint.
     """
     weights, sha256 = read_checkpoint(path)
     sizes = dict(zip(('C', 'n_class'), checkpoint_sizes(weights)))
@@ -450,14 +460,14 @@ def load_model(path, **kwargs):
             raise BadInput(f'--{name} {kwargs[name]} contradicts {path}, where it is {found}; leave it out')
     options = {'lr': 0.001, 'lr_decay': 0.97, 'm': 0.2, 's': 30, 'test_step': 1, **kwargs, **sizes}
     system = ECAPAModel(**options)
-    system.load_weights(weights, path)
+    system.load_parameters(path, weights)
     system.checkpoint = {'path': path, 'sha256': sha256}
     return system
 
 
 def prune(folder, keep, epoch):
-    """Removes from a run's folder of models what it no longer needs after an epoch, as save_training says, and what a
-    kill left. Of later epochs, which a resume could not use, nothing is counted or removed.
+    """Removes from a run's folder of models what it no longer needs after an epoch, and what a kill left, but nothing
+    of later epochs, which a resume could not use.
     """
     states = sorted(glob.glob(glob.escape(folder) + '/model_*.state'))
     old = [path for path in states if path <= os.path.join(folder, f'model_{epoch:04d}.state')][:-2]
@@ -475,9 +485,8 @@ def saved_models(folder):
 
 
 def newest_checkpoint(folder):
-    """(path, weights, state) of the newest of a run's checkpoints that can be read, preferring those with a state.
-
-    (None, None, None) where there is none. Says on standard error which files cannot be used.
+    """(path, weights, state) of the newest of a run's checkpoints that can be read, preferring those with a state; None
+    where there is none. Says on standard error which files cannot be used.
     """
     without_state = None, None, None
     for path, epoch in saved_models(folder).items():
@@ -500,10 +509,7 @@ def newest_checkpoint(folder):
 
 
 def read_checkpoint(path):
-    """(State dict, SHA-256) of a checkpoint, on the CPU, without executing anything in the file.
-
-    Raises BadInput for a file that is missing, damaged or no checkpoint of this model.
-    """
+    """(State dict, SHA-256) of a checkpoint; BadInput if it is missing, damaged or no checkpoint of this model."""
     if not os.path.isfile(path):
         raise BadInput(f'--initial_model: {path}: no such checkpoint')
     state, sha256 = read_file(path, 'a checkpoint')
@@ -528,9 +534,7 @@ def checkpoint_sizes(state):
 
 
 def read_file(path, role):
-    """(What torch.save wrote, on the CPU; SHA-256), without executing anything in the file; BadInput says what it is
-    instead.
-    """
+    """(What torch.save wrote, on the CPU; SHA-256), executing nothing in the file; BadInput says what it is instead."""
     content = b''
     try:
         with open(path, 'rb') as file:

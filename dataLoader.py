@@ -32,6 +32,7 @@ NOISE_CLIPS = {'noise': (1, 1), 'speech': (3, 8), 'music': (1, 1)}  # fewest and
 PIECE, PIECE_STEP = 5 * RATE, 3 * RATE  # a noise recording counts as its pieces of 5 s, one every 3 s
 EVAL_CROP = 300 * 160 + 240
 SHORTEST = 257  # samples that a spectrogram needs at least, half a window to either side being a reflection
+LABELS = {b'1': 1, b'0': 0, b'target': 1, b'nontarget': 0}  # 1: the same speaker
 CUT_SHORT = re.compile(r'^data : (\d+) \(should be (\d+)\)$', re.MULTILINE)  # in libsndfile's log
 
 
@@ -39,10 +40,9 @@ class train_loader(Dataset):
     """Random augmented crops of the training utterances: (FloatTensor (num_frames * 160 + 240,), int label).
 
     train_list: lines `speaker path`, paths below train_path; musan_path: MUSAN, split in pieces or not; rir_path: room
-    impulse responses. A label is the speaker's index in `speakers`, the sorted speakers of the list.
-
+    impulse responses; BadInput where they cannot be used. A label is the speaker's index in the sorted `speakers`.
     dataset[index] draws from torch's generator, as any dataset; dataset[epoch, index] depends on seed, epoch and index
-    alone. Raises BadInput for lists and folders that cannot be used.
+    alone.
 
     speed_perturb: adds every utterance at 0.9 and 1.1 of its speed, as of other speakers, since the pitch moves along:
     labels S to 2 S - 1 and 2 S to 3 S - 1 of a list of S speakers. 'drawn': one of the three for each crop, equally
@@ -133,9 +133,8 @@ class train_loader(Dataset):
         raise BadInput(f'speaker {self.speakers[self.labels[utterance]]} has no file that can be used: take them out')
 
     def sort_bad_audio(self):
-        """Sorts the lines of the file bad_audio, each once; returns how many were added since the call before.
-
-        Raises BadInput where these are more than max_bad percent (an option) of the utterances of an epoch.
+        """Sorts the lines of the file bad_audio, each once; returns how many were added since the call before, BadInput
+        where these are more than max_bad percent (an option) of the utterances of an epoch.
         """
         lines = []
         if os.path.exists(self.bad_audio):
@@ -147,17 +146,15 @@ class train_loader(Dataset):
         added = 0 if self.bad_lines is None else len(lines) - self.bad_lines
         self.bad_lines = len(distinct)
         if added > len(self) * self.max_bad / 100:
-            raise BadInput(
-                f'more than --max_bad {self.max_bad:g}% of the training files cannot be used, {added} of {len(self)} '
-                f'in this epoch; they are in {self.bad_audio}, the first:\n{distinct[0]}'
-            )
+            share = f'more than --max_bad {self.max_bad:g}% of the training files cannot be used'
+            where = f'{added} of {len(self)} in this epoch; they are in {self.bad_audio}'
+            raise BadInput(f'{share}, {where}, the first:\n{distinct[0]}')
         return added
 
 
 class NoiseFiles:
-    """The recordings below a folder of MUSAN, drawn by their pieces of 5 s: long recordings more often.
-
-    So plain MUSAN and MUSAN cut in pieces give the same clips. `pieces` are cumulative numbers of pieces, int64.
+    """The recordings below a folder of MUSAN, drawn by their pieces of 5 s: long recordings more often, so that plain
+    MUSAN and MUSAN cut in pieces give the same clips. `pieces` are cumulative numbers of pieces, int64.
     """
 
     def __init__(self, folder):
@@ -185,8 +182,7 @@ class NoiseFiles:
 
 def reverberate(audio, rir):
     """audio (..., samples) convolved with rir (taps,) scaled to unit energy, cut to the length it had."""
-    rir = rir / np.sqrt(np.sum(rir**2))
-    rir = rir.reshape((1,) * (audio.ndim - 1) + (-1,))
+    rir = (rir / np.sqrt(np.sum(rir**2))).reshape((1,) * (audio.ndim - 1) + (-1,))
     return fftconvolve(audio, rir, axes=-1)[..., : audio.shape[-1]].astype(np.float32)
 
 
@@ -203,9 +199,8 @@ def change_rate(audio, rate, new_rate):
 
 
 class EpochSampler(Sampler):
-    """Full batches of the epoch `epoch`, lists of (epoch, index), in an order that depends on seed and epoch alone.
-
-    Each of several processes gets its part of every batch. What is left over at the end of an epoch is left out.
+    """Full batches of the epoch `epoch`, lists of (epoch, index), in an order that depends on seed and epoch alone; of
+    several processes, each one's part of every batch. What is left over at the end of an epoch is left out.
     """
 
     def __init__(self, size, batch_size, seed):
@@ -227,47 +222,25 @@ class EpochSampler(Sampler):
 def make_batches(dataset, batch_size, n_cpu, **kwargs):
     """DataLoader of this process's part of full batches; set loader.batch_sampler.epoch before each epoch.
 
-    batch_size: of all processes together; kwargs: as DataLoader's, such as pin_memory for a GPU. Raises BadInput where
-    the list has fewer utterances than a batch, or a batch cannot be divided.
+    batch_size: of all processes together, BadInput if it is too large or cannot be divided; kwargs: as DataLoader's.
     """
     if batch_size % process_count():
         raise BadInput(f'--batch_size {batch_size} cannot be divided by the {process_count()} processes')
     if len(dataset) < batch_size:
-        raise BadInput(
-            f'the training list has {len(dataset)} utterances, fewer than one batch: '
-            f'--batch_size {batch_size} must be at most {len(dataset)}'
-        )
-    return DataLoader(
-        dataset,
-        batch_sampler=EpochSampler(len(dataset), batch_size, dataset.seed),
-        num_workers=n_cpu,
-        persistent_workers=n_cpu > 0,
-        prefetch_factor=4 if n_cpu else None,
-        # Its own, so that starting workers does not move the generator that training draws from.
-        generator=torch.Generator(),
-        **kwargs,
-    )
+        found = f'the training list has {len(dataset)} utterances, fewer than one batch'
+        raise BadInput(f'{found}: --batch_size {batch_size} must be at most {len(dataset)}')
+    sampler = EpochSampler(len(dataset), batch_size, dataset.seed)
+    workers = {'num_workers': n_cpu, 'persistent_workers': n_cpu > 0, 'prefetch_factor': 4 if n_cpu else None}
+    # A generator of its own, so that starting workers does not move the one that training draws from.
+    return DataLoader(dataset, batch_sampler=sampler, generator=torch.Generator(), **workers, **kwargs)
 
 
-class EvalUtterances(Dataset):
-    """Whole files, as tensors (samples,), or as a sentence where they cannot be used.
-
-    any_format: also of other rates and channels, converted with a note.
-    """
-
-    def __init__(self, paths, any_format=False):
-        self.paths = Strings(paths)
-        self.any_format = any_format
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, index):
-        read = read_any if self.any_format else read_audio
-        try:
-            return torch.from_numpy(read(self.paths[index], least=SHORTEST))
-        except BadInput as error:
-            return str(error)
+def read_utterance(read, path):
+    """An utterance for evaluation, a tensor (samples,); a sentence where read(path, least) raises BadInput."""
+    try:
+        return torch.from_numpy(read(path, least=SHORTEST))
+    except BadInput as error:
+        return str(error)
 
 
 def eval_crops(audio):
@@ -282,11 +255,9 @@ def eval_crops(audio):
 
 
 def read_audio(path, least=0):
-    """All samples of a file, float32 (samples,); BadInput where there are fewer than `least` or, if there must be any
-    at all, where all are zero.
-    """
+    """All samples of a file, float32 (samples,); BadInput for fewer than `least` or, if that is not 0, for silence."""
     with open_audio(path) as file:
-        return require_enough(read_samples(file), path, least)
+        return require_sound(read_samples(file), path, least)
 
 
 def read_any(path, least=0):
@@ -297,10 +268,10 @@ def read_any(path, least=0):
         raise BadInput(f'{path}: cannot be read as audio: {why_unreadable(path, error)}') from error
     notes = [f'{audio.shape[1]} channels averaged'] * (audio.shape[1] > 1)
     notes += [f'resampled from {rate} Hz'] * (rate != RATE)
-    audio = require_enough(require_finite(audio, path).mean(axis=1), path, 1)
+    audio = require_sound(audio, path, 1).mean(axis=1)
     if notes:
         print(f'{path}: {", ".join(notes)}', file=sys.stderr)
-    return require_enough(change_rate(audio, rate, RATE), path, least)
+    return require_sound(change_rate(audio, rate, RATE), path, least)
 
 
 def read_crop(path, length, rng, first=0, span=None, cached=False, least=0):
@@ -389,7 +360,7 @@ def read_samples(file, start=0, count=-1):
         raise BadInput(f'{path}: cannot be decoded: {why}') from error
     if len(audio) < expected:
         raise BadInput(f'{path}: ends before the {file.frames} samples that its header announces')
-    return require_finite(audio, path)
+    return require_sound(audio, path)
 
 
 def to_float(samples):
@@ -400,15 +371,10 @@ def to_float(samples):
     return audio
 
 
-def require_finite(audio, path):
-    """The samples of a file; BadInput where a number is not finite."""
+def require_sound(audio, path, least=0):
+    """The samples of a file; BadInput as read_audio says, or where a number is not finite."""
     if not np.isfinite(np.vdot(audio, audio)):
         raise BadInput(f'{path}: holds samples that are not finite, or huge')
-    return audio
-
-
-def require_enough(audio, path, least):
-    """The samples of a file; BadInput as read_audio says."""
     if len(audio) < least:
         found = f'{len(audio)} samples; {least} ({1000 * least // RATE} ms) are the fewest that can be embedded'
         raise BadInput(f'{path}: has {found if len(audio) else "no samples"}')
@@ -424,12 +390,8 @@ def find_audio(folder, role, any_format=False):
         known = {f'.{name.lower()}' for name in soundfile.available_formats()} - {'.raw'}
         endings = tuple(sorted(known | {'.aif', '.oga', '.opus', '.sph'}))
     require(os.path.isdir, folder, role)
-    paths = sorted(
-        os.path.join(root, name)
-        for root, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.lower().endswith(endings)
-    )
+    found = (os.path.join(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
+    paths = sorted(path for path in found if path.lower().endswith(endings))
     if not paths:
         raise BadInput(f'{role}: no {" or ".join(endings)} file below {folder}')
     return paths
@@ -449,8 +411,8 @@ def require(exists, path, role):
 
 
 class Strings:
-    """Many strings in two objects: a list of them would be copied to every forked worker, page by page, as reading a
-    string changes its reference count. An array of fixed width would be as wide as the longest.
+    """Many strings in two objects: a list would be copied to every forked worker, page by page, as reading a string
+    changes its reference count. An array of fixed width would be as wide as the longest.
     """
 
     def __init__(self, strings):
@@ -467,7 +429,8 @@ class Strings:
 
 class TrialList(NamedTuple):
     """A trial list: labels int8 (N,), 1 for the same speaker; pairs int32 (N, 2), enrolment and test, of indices into
-    `names`, the files as the list names them; rows int32 (names,): where these are among the files of all lists.
+    `names`, the models and files as the list names them; rows int32: where the files of each are among the files of all
+    lists, those of the next from `starts` (names,) on.
     """
 
     path: str
@@ -476,6 +439,12 @@ class TrialList(NamedTuple):
     pairs: np.ndarray
     names: list
     rows: np.ndarray
+    starts: np.ndarray
+
+    def mean(self, values):
+        """Of each of the names: the mean over its files of values (files, ...)."""
+        counts = np.diff(self.starts, append=len(self.rows)).astype(values.dtype)
+        return np.add.reduceat(values[self.rows], self.starts) / counts.reshape(-1, *[1] * (values.ndim - 1))
 
 
 def read_train_list(path):
@@ -490,28 +459,39 @@ def read_train_list(path):
     return [os.fsdecode(speaker) for speaker in speakers], rank[np.array(labels)], Strings(names), digest(content)
 
 
-def read_trial_lists(lists, folders):
-    """Reads lines `label enrolment test` of several lists: (paths of all their files, [TrialList]).
+def read_trial_lists(lists, folders, enrol_list=''):
+    """Reads lines `label enrolment test`, or with the label last, of several lists: (paths of all files, [TrialList]).
 
-    folders: one for all lists, or one for each. A file that several lists name is there once. Raises BadInput.
+    folders: one for all lists, or one for each. enrol_list: lines `model utterance...`, one or several of a model; if
+    given, enrolments name these models. A file that several lists name is there once. Raises BadInput.
     """
     if len(set(map(str, lists))) < len(lists):
         raise BadInput('--eval_list: names a list twice, whose results would be one')
     if len(folders) not in (1, len(lists)):
         raise BadInput(f'--eval_path: {len(folders)} folders for {len(lists)} lists; give one, or one for each')
-    places, trials = {}, []
+    models, places, trials, enrolments = {}, {}, [], b''
+    if enrol_list:
+        enrolments = read_list(enrol_list, '--enrol_list')
+        for model, *names in split_lines(enrolments, 2, enrol_list, '--enrol_list', more=True):
+            models.setdefault(model, []).extend(names)
     for path, folder in zip(lists, folders * (len(lists) // len(folders))):
         require(os.path.isdir, folder, '--eval_path')
         content, index, labels, pairs = read_list(path, '--eval_list'), {}, array('b'), array('i')
-        for label, *names in split_lines(content, 3, path, '--eval_list', labels=(b'0', b'1')):
-            labels.append(label == b'1')
-            pairs.extend([index.setdefault(name, len(index)) for name in names])
+        first = next((line.split() for line in io.BytesIO(content) if line.strip()), [b''])
+        at = 2 if first[0] not in LABELS and first[-1] in LABELS else 0
+        known = {at: LABELS, **({1 if at == 0 else 0: models} if models else {})}
+        for fields in split_lines(content, 3, path, '--eval_list', known):
+            labels.append(LABELS[fields.pop(at)])
+            pairs.extend([index.setdefault(name, len(index)) for name in fields])
         labels = np.array(labels)
         if labels.min() == labels.max():
             raise BadInput(f'--eval_list: {path}: needs trials of both kinds, 1 and 0, for an error rate')
-        names = [os.fsdecode(name) for name in index]
-        rows = np.array([places.setdefault(os.path.join(folder, name), len(places)) for name in names], np.int32)
-        trials.append(TrialList(path, digest(content), labels, np.array(pairs).reshape(-1, 2), names, rows))
+        files = [models.get(name, [name]) for name in index]
+        starts = np.cumsum([0, *map(len, files)])[:-1]
+        files = [os.path.join(folder, os.fsdecode(file)) for each in files for file in each]
+        rows = np.array([places.setdefault(file, len(places)) for file in files], np.int32)
+        pairs, names = np.array(pairs).reshape(-1, 2), list(map(os.fsdecode, index))
+        trials.append(TrialList(path, digest(content + enrolments), labels, pairs, names, rows, starts))
     return list(places), trials
 
 
@@ -535,21 +515,25 @@ def read_list(path, role):
     return content
 
 
-def split_lines(content, count, path, role, labels=None):
-    """Yields the fields, bytes, of each line that is not blank.
+def split_lines(content, count, path, role, known=None, more=False):
+    """Yields the fields, bytes, of each line that is not blank: `count` of them, or `more`.
 
-    Raises BadInput that shows the first 20 lines with more or fewer than `count`, or whose first is none of `labels`;
-    and where there is no line.
+    known: {number of a field: what it may be}. Raises BadInput that shows the first 20 lines that are otherwise; and
+    where there is no line.
     """
     faults, found = [], False
     for number, line in enumerate(io.BytesIO(content), 1):
         fields = line.split()
-        if len(fields) == count and (labels is None or fields[0] in labels):
+        fits = len(fields) == count or (more and len(fields) > count)
+        if fits and (known is None or all(fields[i] in values for i, values in known.items())):
             found = True
             yield fields
         elif fields and len(faults) < 20:
             wrong = f'{count} fields expected, {len(fields)} found'
-            wrong = wrong if len(fields) != count else 'a label is 1 (same speaker) or 0'
+            if fits:
+                at = next(i for i, values in known.items() if fields[i] not in values)
+                wrong = 'a label is 1 or target (same speaker), 0 or nontarget, at the same end of every line'
+                wrong = wrong if known[at] is LABELS else f'--enrol_list has no model {os.fsdecode(fields[at])}'
             faults.append(f'{path}, line {number}: {wrong}: {line.decode(errors="replace").strip()[:80]!r}')
     if faults:
         raise BadInput('\n'.join([f'{role}: lines that cannot be read:', *faults]))
@@ -559,10 +543,9 @@ def split_lines(content, count, path, role, labels=None):
 
 def check_data(dataset, eval_files, eval_path, every_file, n_cpu, max_bad):
     """Looks at the audio of a train_loader and of the trials (paths eval_files, below the folders eval_path): opens all
-    files of the trials, and reads a sample of the others; or reads every file.
+    files of the trials, and reads a sample of the others; or reads every file. Prints what is found.
 
-    Raises BadInput that names the faulty ones, where training files are more than max_bad percent. Prints which will
-    be replaced, and which speakers are trained on and scored.
+    Raises BadInput that names the faulty ones; of training files, where they are more than max_bad percent.
     """
     require(os.path.isdir, dataset.train_path, '--train_path')
     # All of VoxCeleb2 would take an hour; a wrong folder or rate shows in a sample.
@@ -582,17 +565,13 @@ def check_data(dataset, eval_files, eval_path, every_file, n_cpu, max_bad):
     scored = {os.path.relpath(file, folder).split(os.sep)[0] for folder in eval_path for file in eval_files}
     both = sorted(scored.intersection(dataset.speakers))
     if both:
-        say(
-            f'WARNING       {len(both)} speakers are in --train_list and in --eval_list ({", ".join(both[:5])}, ...): '
-            'the EER will be too good'
-        )
+        found = f'{len(both)} speakers are in --train_list and in --eval_list ({", ".join(both[:5])}, ...)'
+        say(f'WARNING       {found}: the EER will be too good')
 
 
 def check_audio(paths, role, read=open_audio, n_cpu=0, max_bad=0):
-    """Goes through files; raises BadInput that names the first 20 faulty ones if they are over max_bad percent.
-
-    Returns what is wrong with files otherwise, as lines. read: raises BadInput for a faulty file; n_cpu: processes that
-    share the work.
+    """What is wrong with files, as lines: what read(path) raises as BadInput, in n_cpu processes. Raises BadInput that
+    names the first 20 faulty ones if they are over max_bad percent.
     """
     found = DataLoader(paths, batch_size=None, num_workers=n_cpu, collate_fn=functools.partial(fault_of, read))
     found = tqdm(found, f'checking {role}', len(paths), unit='file', disable=None, leave=False)
@@ -604,7 +583,7 @@ def check_audio(paths, role, read=open_audio, n_cpu=0, max_bad=0):
 
 
 def fault_of(read, path):
-    """What read(path) raises as BadInput, as text; '' where it raises nothing."""
+    """What read(path) raises as BadInput, as text; '' for nothing."""
     try:
         read(path)
     except BadInput as error:

@@ -185,7 +185,7 @@ class ECAPA_TDNN(nn.Module):
         """Attentive statistics with global context (paper, section 3.2): (B, 1536, T) -> float32 (B, 3072)."""
         values = x.float()
         if mask is None:
-            mean, variance = Moments.apply(values)  # (B, 1536) each
+            variance, mean = torch.var_mean(values, dim=2)  # (B, 1536) each
         else:
             mean, count = mean_over_time(values, mask), mask.sum(dim=2)
             variance = mean_over_time((values - mean.unsqueeze(2)) ** 2, mask) * count / (count - 1)
@@ -204,7 +204,7 @@ class ECAPA_TDNN(nn.Module):
         return torch.cat((mean, (mean_square - mean * mean).clamp(min=1e-4).sqrt()), dim=1)
 
 
-# Machinery: means and moments with gradients of their own, and the batch norm of several processes.
+# Machinery: means with gradients of their own, and the batch norm of several processes.
 
 
 def mean_over_time(x, mask=None):
@@ -213,29 +213,10 @@ def mean_over_time(x, mask=None):
     return x.sum(dim=2) / x.shape[2] if mask is None else (x * mask).sum(dim=2) / mask.sum(dim=2)
 
 
-class Moments(torch.autograd.Function):
-    """Mean and unbiased variance over time of x (B, channels, T): two of (B, channels).
-
-    Its own backward, as that of WeightedMoments, keeps and reads fewer tensors of x's size than autograd's.
-    """
-
-    @staticmethod
-    def forward(ctx, x):
-        mean = mean_over_time(x)
-        ctx.save_for_backward(x, mean)
-        return mean, (x - mean.unsqueeze(2)).square_().sum(dim=2) / (x.shape[2] - 1)
-
-    @staticmethod
-    def backward(ctx, grad_mean, grad_variance):
-        x, mean = ctx.saved_tensors
-        slope = 2 / (x.shape[2] - 1) * grad_variance
-        offset = grad_mean / x.shape[2] - slope * mean
-        return torch.addcmul(offset.unsqueeze(2), x, slope.unsqueeze(2))
-
-
 class WeightedMoments(torch.autograd.Function):
-    """Means over time of x and of its square, weighted by the softmax of logits (both (B, channels, T)): (B, channels)
-    each.
+    """Means over time of x and its square, weighted by the softmax of logits (both (B, channels, T)): (B, channels).
+
+    Its own backward keeps and reads fewer tensors of x's size than autograd's.
     """
 
     @staticmethod
@@ -257,11 +238,11 @@ class WeightedMoments(torch.autograd.Function):
 
 
 def norm_of_all(x, weight, bias, eps=1e-5):
-    """Batch norm of x (B, channels[, T]) with the statistics of all processes that train together, one or more.
+    """Batch norm (Ioffe and Szegedy, ICML 2015) of x (B, channels[, T]) with the statistics of all processes that train
+    together, which must have as many utterances each.
 
-    weight, bias: (channels,); eps: added to the variance. Every process must have as many utterances. Returns (x
-    normalised, mean, biased variance), the last two (channels,), without gradients. Ioffe and Szegedy, Batch
-    Normalization, ICML 2015, where every sum over the batch is one over the processes too.
+    weight, bias: (channels,); eps: added to the variance. Returns (x normalised, mean, biased variance), the last two
+    (channels,), without gradients.
     """
     dims, shape = [dim for dim in range(x.ndim) if dim != 1], (1, -1, *[1] * (x.ndim - 2))
     # Less a constant near their mean, which cancels out: the difference of large numbers would lose the digits of a
@@ -284,7 +265,6 @@ def norm_of_all(x, weight, bias, eps=1e-5):
 
 class BatchNorm(nn.BatchNorm1d):
     """nn.BatchNorm1d that uses, where processes train together on equal parts of a batch, the statistics of all of it.
-
     PyTorch's SyncBatchNorm has the host wait for the GPU in every layer, and needs a GPU.
     """
 

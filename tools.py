@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 import torch.distributed as dist
+from scipy.special import logit
+from sklearn.isotonic import IsotonicRegression
 from sklearn.metrics import roc_curve
 
 FIGURES = ('EER', 'minDCF(0.01)', 'minDCF(0.05)')  # the prior of a target with minDCF; both costs are 1
@@ -34,29 +36,67 @@ def score_pairs(embeddings, pairs):
 
 
 def as_norm(scores, embeddings, pairs, cohort, top_n):
-    """Adaptive symmetric score normalisation (Matejka et al., Interspeech 2017, eq. 3 and 4): scores float32 (N,).
+    """Adaptive symmetric score normalisation (Matejka et al., Interspeech 2017, eq. 3 and 4), float32 (N,), of scores
+    (N,) of pairs (N, 2) of rows of embeddings (files, 2, 192); cohort, top_n: as cohort_moments has them.
+    """
+    mean, std = cohort_moments(embeddings, cohort, top_n)
+    return ((scores[:, None] - mean[pairs]) / std[pairs]).mean(axis=1)
 
-    scores: (N,) of pairs (N, 2) of rows of embeddings (files, 2, 192); cohort: (speakers, 2, 192), scored against each
-    file as a trial is. Each side's mean and deviation are those of its top_n highest cohort scores, all of them if the
-    cohort is smaller. Raises BadInput where a file's cohort scores do not differ.
+
+def cohort_moments(embeddings, cohort, top_n):
+    """Mean and deviation, float32 (2, files), of the top_n highest scores of each file against a cohort.
+
+    embeddings: (files, 2, 192); cohort: (speakers, 2, 192), scored against each file as a trial is, all of them if they
+    are fewer than top_n. Raises BadInput where a file's cohort scores do not differ.
     """
     top_n = min(top_n, len(cohort))
     cohort = torch.from_numpy(0.5 * cohort.reshape(len(cohort), -1)).T
     vectors = torch.from_numpy(embeddings.reshape(len(embeddings), -1))
-    mean, std = np.empty((2, len(vectors)), np.float32)
+    found = np.empty((2, len(vectors)), np.float32)
 
-    def moments(rows, scores):
+    def fill_in(rows, scores):
         # NumPy selects faster than torch.topk, and in several threads.
         closest = np.partition(scores, -top_n, axis=1)[:, -top_n:]
-        mean[rows], std[rows] = closest.mean(axis=1), closest.std(axis=1)
+        found[:, rows] = closest.mean(axis=1), closest.std(axis=1)
 
     with ThreadPoolExecutor(available_cpus()) as pool:
         for rows in np.array_split(np.arange(len(vectors)), len(vectors) // 4096 + 1):
             parts = np.array_split(rows, available_cpus())
-            list(pool.map(moments, parts, np.array_split((vectors[rows] @ cohort).numpy(), len(parts))))
-    if not std.min() > 0:
+            list(pool.map(fill_in, parts, np.array_split((vectors[rows] @ cohort).numpy(), len(parts))))
+    if not found[1].min() > 0:
         raise BadInput('the cohort cannot normalise: all its speakers score the same; give more speakers or --top_n')
-    return ((scores[:, None] - mean[pairs]) / std[pairs]).mean(axis=1)
+    return found
+
+
+def calibration_inputs(scores, quality, pairs):
+    """What a calibration weights, (N, 1 + 2 M): scores (N,) of pairs (N, 2) of files and, of each of the quality
+    measures (M of (files,)), the smaller and the larger one of a pair.
+    """
+    return np.column_stack([scores, *[np.sort(measure[pairs], axis=1) for measure in quality]])
+
+
+def log_likelihood_ratios(calibration, scores, measures, pairs):
+    """Natural logarithms of likelihood ratios (N,), by what exps.calibrate fitted, of what score_pairs returns."""
+    quality = [measures[name] for name in calibration['quality']]
+    return (
+        calibration_inputs(scores[calibration['kind']], quality, pairs) @ calibration['weights'] + calibration['bias']
+    )
+
+
+def calibration_figures(ratios, labels):
+    """{figure: {'value'}} of log-likelihood ratios (N,): Cllr in bits (Brümmer and du Preez, 2006), the least Cllr that
+    a monotone function of them has, and the costs at Bayes thresholds beside the minDCFs of operating_points.
+    """
+
+    def cllr(ratios):
+        return np.mean([np.logaddexp(0, s).mean() for s in (-ratios[labels == 1], ratios[labels == 0])]) / np.log(2)
+
+    best = logit(IsotonicRegression().fit_transform(ratios, labels)) - logit(labels.mean())
+    figures = {'Cllr': cllr(ratios), 'minCllr': cllr(best)}
+    for prior in (0.01, 0.05):
+        accepted = ratios > -logit(prior)
+        figures[f'actDCF({prior})'] = np.mean(~accepted[labels == 1]) + np.mean(accepted[labels == 0]) * (1 / prior - 1)
+    return {name: {'value': float(value)} for name, value in figures.items()}
 
 
 def tuneThresholdfromScore(scores, labels, target_fa, target_fr=None):
@@ -78,10 +118,8 @@ def tuneThresholdfromScore(scores, labels, target_fa, target_fr=None):
 
 
 def ComputeErrorRates(scores, labels):
-    """Miss and false-alarm rates, (N,) each, with every score in ascending order as the threshold.
-
-    Returns (fnrs, fprs, thresholds); a trial is accepted above the threshold. Equal scores are passed one at a time in
-    their given order, as the published code does.
+    """(Misses, false alarms, thresholds), (N,) each: the rates with every score in ascending order as the threshold; a
+    trial is accepted above it. Equal scores are passed one at a time in their given order, as in the published code.
     """
     order = np.argsort(scores, kind='stable')
     labels = np.asarray(labels)[order].astype(np.int64)
@@ -126,10 +164,7 @@ def init_args(args):
 
 
 def lock_folder(folder):
-    """Keeps other runs out of a folder: returns run.lock in it, locked until it is closed or its process ends.
-
-    Raises BadInput, with the other run's process and host, where one is at work there.
-    """
+    """Keeps other runs out of a folder: run.lock in it, locked until closed or the process ends; else BadInput."""
     file = open(os.path.join(folder, 'run.lock'), 'a+', encoding='utf-8')
     try:
         import fcntl
@@ -139,10 +174,8 @@ def lock_folder(folder):
         return file  # Windows has no such locks
     except (BlockingIOError, PermissionError) as error:
         file.seek(0)
-        raise BadInput(
-            f'--save_path {folder}: another run is at work there, {file.read().strip() or "just started"}; '
-            'wait for it, stop it, or choose another folder'
-        ) from error
+        other = f'another run is at work there, {file.read().strip() or "just started"}'
+        raise BadInput(f'--save_path {folder}: {other}; wait for it, stop it, or choose another folder') from error
     except OSError as error:
         print(f'{file.name}: this disk has no locks ({error.strerror}): do not start a second run', file=sys.stderr)
     file.truncate(0)
@@ -152,9 +185,8 @@ def lock_folder(folder):
 
 
 def read_scores(path):
-    """The lines of a score.txt as tuples (epoch, lr, loss, accuracy %, EER %, best EER %), oldest first.
-
-    A missing file has no lines. Raises BadInput, with the line number, on a line of another format.
+    """The lines of a score.txt as tuples (epoch, lr, loss, accuracy %, EER %, best EER %), oldest first; none of a
+    missing file. Raises BadInput, with the line number, on a line of another format.
     """
     scores = []
     if not os.path.exists(path):
@@ -169,9 +201,8 @@ def read_scores(path):
 
 
 def write_whole(path, write):
-    """Calls write(binary file) and replaces the file at `path` by what it wrote, atomically.
-
-    Whatever happens before all of it is on the disk, what was at `path` stays. Raises BadInput where the disk refuses.
+    """Calls write(binary file) and replaces the file at `path` by what it wrote, atomically; what was there stays until
+    all of it is on the disk. Raises BadInput where the disk refuses.
     """
     temporary = f'{path}.part'
     try:
@@ -249,13 +280,12 @@ def table(rows):
 
 def figures_table(results, trial_lists):
     """The figures of score_lists' results as the text of a table, a row a list."""
-    header = [f'{kind} {name}'.removeprefix('raw ') for kind in results[0] for name in FIGURES]
-    rows = [['list', 'trials', *header]]
-    for kinds, trials in zip(results, trial_lists):
-        values = [figure['value'] for _, figures in kinds.values() for figure in figures.values()]
-        cells = [f'{value:.2f}%' if i % 3 == 0 else f'{value:.4f}' for i, value in enumerate(values)]
+    rows = []
+    for trials, kinds in zip(trial_lists, results):
+        named = {f'{kind} {name}': f['value'] for kind, (_, figures) in kinds.items() for name, f in figures.items()}
+        cells = [f'{value:.2f}%' if name.endswith('EER') else f'{value:.4f}' for name, value in named.items()]
         rows.append([trials.path, f'{len(trials.labels):,}', *cells])
-    return table(rows)
+    return table([['list', 'trials', *(name.removeprefix('raw ') for name in named)], *rows])
 
 
 def available_cpus():

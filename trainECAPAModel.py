@@ -11,6 +11,7 @@ import platform
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from importlib import metadata
@@ -18,6 +19,7 @@ from importlib import metadata
 import numpy as np
 import torch
 import torch.distributed as dist
+from scipy.special import expit, logit
 
 import dataLoader
 import tools
@@ -62,8 +64,9 @@ def make_parser():
     add('--train_list', default='data/VoxCeleb2/train_list.txt', help='lines `speaker path`')
     add('--train_path', default='data/VoxCeleb2/train/wav', help='folder of the paths in --train_list')
     lists, folders = ['data/VoxCeleb1/veri_test2.txt'], ['data/VoxCeleb1/test/wav']
-    add('--eval_list', nargs='+', default=lists, help='trial lists, lines `label enrolment test`')
+    add('--eval_list', nargs='+', default=lists, help='trial lists, lines `label enrolment test` or the label last')
     add('--eval_path', nargs='+', default=folders, help='folder of the paths in --eval_list: one, or one for each')
+    add('--enrol_list', default='', help='lines `model utterance...`: --eval_list enrols these models')
     add('--musan_path', default='data/musan_split', help='MUSAN: noise/, speech/ and music/')
     add('--rir_path', default='data/RIRS_NOISES/simulated_rirs', help='room impulse responses')
     add('--save_path', default='exps/exp1', help='folder of the results: score.txt and model/')
@@ -86,11 +89,14 @@ def make_parser():
     add('--s', type=number(float, 0), default=30, help='scale of AAM-softmax')
     add('--n_class', type=number(int, 1), help='speakers; without it those in --train_list')
 
-    add = parser.add_argument_group('score normalisation (with --eval)').add_argument
+    add = parser.add_argument_group('scores (with --eval and --verify)').add_argument
     add('--score_norm', choices=('none', 'asnorm'), default='none', help='asnorm: also scores normalised by a cohort')
     add('--cohort_utterances', type=number(int, 1), default=20, help='of each speaker in --train_list, for the cohort')
     add('--top_n', type=number(int, 2), default=400, help='closest cohort speakers that normalise a score')
     add('--subtract_mean', action='store_true', help="also scores minus the training speakers' mean")
+    add('--p_target', type=number(float, 1e-6, 1 - 1e-6), default=0.5, help='calibrated: prior of the same speaker')
+    add('--c_miss', type=number(float, 1e-6), default=1.0, help='calibrated: cost of rejecting the same speaker')
+    add('--c_fa', type=number(float, 1e-6), default=1.0, help='calibrated: cost of accepting another speaker')
 
     add = parser.add_argument_group('command (without one of these: train)').add_argument
     add('--check', action='store_true', help='check everything that training needs, every file included, and stop')
@@ -120,13 +126,18 @@ def default_n_cpu():
 
 def main(argv=None):
     """Runs the command; exit status 2, with a sentence on standard error, for input that cannot be used."""
-    args = make_parser().parse_args(argv)
+    command = ['python', *(sys.argv if argv is None else [os.path.basename(__file__), *argv])]
+    args = make_parser().parse_args(argv, argparse.Namespace(command=shlex.join(command)))
     with sentences_for_people(args):
         uses = {'eval': evaluate, 'embed': embed, 'verify': verify}
         use = next((name for name in uses if getattr(args, name)), None)
         if use and not args.initial_model:
             raise BadInput(f'--{use} needs --initial_model, a checkpoint')
         join_processes(args)
+        if use in (None, 'eval'):
+            found = provenance(args)
+            versions = ', '.join(map(' '.join, found['versions'].items()))
+            say(f'command       {found["command"]}\ncommit        {found["commit"]}\nversions      {versions}')
         uses.get(use, train)(args)
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -137,7 +148,7 @@ def train(args):
     with first_process_first():
         dataset = dataLoader.train_loader(**vars(args))
         dataset.bad_audio = os.path.join(args.save_path, 'bad_audio.txt')
-        eval_files, trial_lists = dataLoader.read_trial_lists(args.eval_list, args.eval_path)
+        eval_files, trial_lists = dataLoader.read_trial_lists(args.eval_list, args.eval_path, args.enrol_list)
         system, initial_weights = build(args, dataset.n_class)
         loader = dataLoader.make_batches(dataset, args.batch_size, args.n_cpu, pin_memory=system.on_gpu)
         if process_rank() == 0:
@@ -198,15 +209,12 @@ def evaluate(args):
     read_results(args.save_path)
     system = load_model(args.initial_model, **vars(args))
     with first_process_first():
-        eval_files, trial_lists = dataLoader.read_trial_lists(args.eval_list, args.eval_path)
+        eval_files, trial_lists = dataLoader.read_trial_lists(args.eval_list, args.eval_path, args.enrol_list)
         if process_rank() == 0:
             dataLoader.check_audio(eval_files, '--eval_list')
-        cohort_files = None
-        if args.score_norm == 'asnorm' or args.subtract_mean:
-            cohort_files = dataLoader.choose_cohort(args.train_list, args.train_path, args.cohort_utterances, args.seed)
+        normalisation = choose_normalisation(args)
     os.makedirs(os.path.join(args.save_path, 'scores'), exist_ok=True)
-    top_n = args.top_n if args.score_norm == 'asnorm' else None
-    results = system.score_lists(eval_files, trial_lists, cohort_files, top_n, args.subtract_mean)
+    results = system.score_lists(eval_files, trial_lists, *normalisation)
     say(f'{args.initial_model}\n{tools.figures_table(results, trial_lists)}')
     if process_rank() == 0:
         write_results(results, trial_lists, system.checkpoint, args)
@@ -228,9 +236,7 @@ def build(args, speakers):
     if args.batch_size < 2 * args.accumulate * process_count():
         raise BadInput(f'--accumulate {args.accumulate}: every part of a batch must have 2 utterances, for batch norm')
     if args.warmup >= args.max_epoch or args.min_lr > args.lr or args.margin_epochs[0] > args.margin_epochs[1]:
-        raise BadInput(
-            '--warmup must be shorter than --max_epoch, --min_lr at most --lr, --margin_epochs in their order'
-        )
+        raise BadInput('--warmup must be below --max_epoch, --min_lr at most --lr, --margin_epochs in their order')
     if args.initial_model:
         weights, _ = read_checkpoint(args.initial_model)
         found, trained = checkpoint_sizes(weights)
@@ -239,10 +245,8 @@ def build(args, speakers):
         C = found
         # After --speed_perturb the first third are the speakers at their own speed, in the same order.
         if args.keep_classifier and trained not in (speakers, 3 * speakers):
-            raise BadInput(
-                f'--keep_classifier: {args.initial_model} was trained on {trained} speakers, {args.train_list} has '
-                f'{speakers}; they must be as many, or a third after --speed_perturb'
-            )
+            counts = f'{args.initial_model} was trained on {trained} speakers, {args.train_list} has {speakers}'
+            raise BadInput(f'--keep_classifier: {counts}; they must be as many, or a third after --speed_perturb')
         n_class = trained if args.keep_classifier else n_class
     C = C or 1024
     if C % 8:
@@ -253,25 +257,23 @@ def build(args, speakers):
 
 def plan(system, loader, eval_files, trial_lists, args):
     """Prints what the run will do; BadInput where there is no room for its results."""
-    dataset, classifier = loader.dataset, system.speaker_loss.weight
-    encoder = sum(parameter.numel() for parameter in system.speaker_encoder.parameters())
+    dataset, encoder = loader.dataset, sum(parameter.numel() for parameter in system.speaker_encoder.parameters())
+    speakers, classifier = len(system.speaker_loss.weight), system.speaker_loss.weight.numel()
     clips = ', '.join(f'{len(files.paths)} {category}' for category, files in dataset.noises.items())
     processes = f'{process_count()} processes on ' if process_count() > 1 else ''
     trials = sum(len(trials.labels) for trials in trial_lists)
     say(
-        f'device        {processes}{system.device}, {system.precision}, PyTorch {torch.__version__}, '
-        f'{args.n_cpu} loading processes\n'
+        f'device        {processes}{system.device}, {system.precision}, {args.n_cpu} loading processes\n'
         f'training      {len(dataset.speakers):,} speakers, {len(dataset):,} utterances ({args.train_list})\n'
         f'augmentation  {clips} files, {len(dataset.rirs):,} RIRs\n'
         f'evaluation    {trials:,} trials over {len(eval_files):,} files ({", ".join(args.eval_list)})\n'
         f'an epoch      {len(loader):,} steps of {args.batch_size} utterances\n'
-        f'parameters    {encoder:,} in the encoder, {classifier.numel():,} in the classifier of {len(classifier):,} '
-        'speakers'
+        f'parameters    {encoder:,} in the encoder, {classifier:,} in the classifier of {speakers:,} speakers'
     )
     if args.max_epoch % args.test_step:
         say('note          the last epochs are neither tested nor saved: --max_epoch is no multiple of --test_step')
     with first_process_first():
-        check_room(args, 4 * (encoder + classifier.numel()))
+        check_room(args, 4 * (encoder + classifier))
 
 
 def check_room(args, size):
@@ -293,9 +295,7 @@ def check_room(args, size):
 
 
 def what_changes_numbers(system, dataset, trial_lists, args):
-    """{option: its value} of everything that changes the numbers of a run, as plain types; a list counts by what is in
-    it, MUSAN and RIRs by how many files there are, wherever they are.
-    """
+    """{option: value} of what changes a run's numbers; lists count by their content, MUSAN and RIRs by their counts."""
     names = ['num_frames', 'batch_size', 'test_step', 'accumulate', 'freeze_epochs', 'speed_perturb', 'lr', 'lr_decay']
     names += ['m', 's', 'seed', 'initial_model', 'optimizer', 'weight_decay', 'clip', 'schedule', 'min_lr', 'warmup']
     names += ['augment', 'no_specaug', 'margin_from', 'margin_epochs', *['max_epoch'] * (args.schedule == 'cosine')]
@@ -313,16 +313,13 @@ def what_changes_numbers(system, dataset, trial_lists, args):
 
 
 def start(system, initial_weights, identity, args):
-    """Resumes the run in --save_path, or starts one from --initial_model or from random weights.
-
-    Returns (the epoch done last with its figures, the scores up to it, without later ones that are trained again).
-    """
+    """Resumes the run in --save_path, or starts one: (the epoch done last with its figures, the scores up to it)."""
     done = system.resume(args.model_save_path, identity, args.force)
     if done:
         notes = [f'after epoch {done["epoch"]}, from {args.model_save_path}']
         notes += [f'--force: {change}' for change in done.pop('changed')]
     elif initial_weights:
-        unfit = system.load_weights(initial_weights, args.initial_model)
+        unfit = system.load_parameters(args.initial_model, initial_weights)
         notes = [f'from {args.initial_model}', *(f'left out: {name}' for name in unfit)]
     else:
         notes = ['from random weights']
@@ -335,30 +332,33 @@ def start(system, initial_weights, identity, args):
     scores = [score for score in tools.read_scores(args.score_save_path) if score[0] <= done['epoch']]
     found = sorted(set(tools.gather([(done['epoch'], 'loss' in done, len(scores))])))
     if len(found) > 1:
-        raise BadInput(
-            f'--save_path {args.save_path}: the processes see different checkpoints, after epochs '
-            f'{[epoch for epoch, *_ in found]}; it must be one folder that all machines share'
-        )
+        where = f'--save_path {args.save_path}: the processes see different checkpoints'
+        raise BadInput(f'{where}, after epochs {[f[0] for f in found]}; it must be one folder that all machines share')
     return done, scores
 
 
 def write_options(args):
-    """Writes SAVE_PATH/options.txt: the options, to be read back with @, and the versions."""
-    path = os.path.join(args.save_path, 'options.txt')
-    lines = [f'# {name} {version}' for name, version in versions().items()]
+    """Writes SAVE_PATH/options.txt: the options, to be read back with @, and where they were used."""
+    found = provenance(args)
+    lines = [f'# {name} {value}' for name, value in {**found.pop('versions'), **found}.items()]
     for name, value in vars(args).items():
         values = value if isinstance(value, list) else [value]
         if value is True:
             lines.append(f'--{name}')
-        elif value is not None and value is not False and name not in ('score_save_path', 'model_save_path'):
+        elif value is not None and value is not False and name not in ('score_save_path', 'model_save_path', 'command'):
             lines.append(f'--{name} {shlex.join(map(str, values))}')
-    tools.write_text(path, '\n'.join(lines) + '\n')
+    tools.write_text(os.path.join(args.save_path, 'options.txt'), '\n'.join(lines) + '\n')
 
 
-def versions():
-    """Versions of Python and of the packages that the numbers depend on."""
+def provenance(args):
+    """What the numbers come from: {'command', 'commit', 'versions': of Python and of the packages}."""
+    house = os.path.dirname(os.path.abspath(__file__))
+    git, commit = 'git --git-dir=.git --work-tree=. describe --always --dirty --abbrev=40 --exclude=*', 'unknown'
+    with contextlib.suppress(OSError):
+        commit = subprocess.run(git.split(), cwd=house, capture_output=True, text=True).stdout.strip() or commit
     packages = ('torch', 'torchaudio', 'numpy', 'scipy', 'scikit-learn', 'soundfile')
-    return {'python': platform.python_version(), **{name: metadata.version(name) for name in packages}}
+    versions = {'python': platform.python_version(), **{name: metadata.version(name) for name in packages}}
+    return {'command': args.command, 'commit': commit, 'versions': versions}
 
 
 def explain(error, loader, args):
@@ -370,13 +370,21 @@ def explain(error, loader, args):
     batch = dict(zip(('audio', 'labels'), error.batch), epoch=error.epoch, step=error.step, files=files)
     tools.write_whole(path, lambda file: torch.save(batch, file))
     shown = '\n'.join(files[:20] + [f'and {len(files) - 20} more'] * (len(files) > 20))
+    remedy = 'Look at these, or lower --lr, and run the same command again.'
     return BadInput(
-        f'{error}. What was saved before is untouched. The batch is in {path}; its files:\n{shown}\n'
-        'Look at these, or lower --lr, and run the same command again.'
+        f'{error}. What was saved before is untouched. The batch is in {path}; its files:\n{shown}\n{remedy}'
     )
 
 
 # Machinery of evaluation, and the other uses of a model.
+
+
+def choose_normalisation(args):
+    """(Files of the cohort, top_n, whether to subtract the mean) of the options, as score_lists takes them."""
+    files, top_n = None, args.top_n if args.score_norm == 'asnorm' else None
+    if top_n or args.subtract_mean:
+        files = dataLoader.choose_cohort(args.train_list, args.train_path, args.cohort_utterances, args.seed)
+    return files, top_n, args.subtract_mean
 
 
 def read_results(folder):
@@ -397,9 +405,8 @@ def read_results(folder):
 
 
 def write_results(results, trial_lists, checkpoint, args):
-    """Writes SAVE_PATH/results.json, and for each list scores/LIST.txt (`label scores... enrolment test`).
-
-    What results.json holds of other lists stays. Of two lists of one name, the second's file gets a number.
+    """Writes SAVE_PATH/results.json, where other lists stay, and for each list scores/LIST.txt (`label scores...
+    enrolment test`). Of two lists of one name, the second's file gets a number.
     """
     lists = read_results(args.save_path)['lists']
     for trials, kinds in zip(trial_lists, results):
@@ -419,8 +426,7 @@ def write_results(results, trial_lists, checkpoint, args):
             **{kind: figures for kind, (_, figures) in kinds.items()},
             **{'sha256': trials.digest, 'scores': path, 'checkpoint': checkpoint},
         }
-    about = {'seed': args.seed, 'options': vars(args), 'versions': versions()}
-    record = {'checkpoint': checkpoint, 'lists': lists, **about}
+    record = {'checkpoint': checkpoint, 'lists': lists, 'seed': args.seed, 'options': vars(args), **provenance(args)}
     tools.write_text(os.path.join(args.save_path, 'results.json'), json.dumps(record, indent=2) + '\n')
 
 
@@ -443,24 +449,36 @@ def embed(args):
 
 
 def verify(args):
-    """Prints the score of two recordings and, where the model's results.json is found, the decision."""
+    """Prints the score of two recordings, and the decision by a calibration or else the threshold at the EER."""
     system = load_model(args.initial_model, **vars(args))
-    score = tools.score_pairs(system.embed_files(args.verify, any_format=True), np.array([[0, 1]]))[0]
-    say(f'score {score:.4f}')
+    files, top_n, subtract_mean = choose_normalisation(args)
+    cohort = system.cohort(files) if files else None
+    embedded, pairs = system.embed_with_quality(args.verify, any_format=True), np.array([[0, 1]])
+    scores, measures = system.score_pairs(*embedded, pairs, cohort, top_n, subtract_mean)
+    decision = {True: 'the same speaker', False: 'different speakers'}
+    for kind, (score,) in scores.items():
+        say(f'{kind} score {score:.4f}'.removeprefix('raw '))
+    calibration = system.calibration(scores)
+    if calibration:
+        ratio = tools.log_likelihood_ratios(calibration, scores, measures, pairs)[0]
+        bayes, at_rate = math.log(args.c_fa / args.c_miss) - logit(args.p_target), calibration['threshold']
+        where, after = calibration['list'], expit(ratio + logit(args.p_target))
+        say(f'log-likelihood ratio {ratio:.2f} (natural), fitted on {where["trials"]:,} trials of {where["path"]}')
+        say(f'probability of the same speaker {after:.4f}, {args.p_target} before')
+        say(f'{decision[ratio > bayes]}, as a miss costs {args.c_miss:g} and a false acceptance {args.c_fa:g}')
+        say(f'{decision[ratio > at_rate["ratio"]]}, if {at_rate["false_acceptances"]:g}% false acceptances are allowed')
+        return
+    score = scores['raw'][0]
     for folder in (args.save_path, os.path.dirname(os.path.dirname(os.path.abspath(args.initial_model)))):
         try:
             lists = read_results(folder)['lists']
         except BadInput as error:
             say(f'note: {error}')
             continue
-        known = [
-            (path, entry['raw']['EER']['threshold'])
-            for path, entry in lists.items()
-            if entry['checkpoint']['sha256'] == system.checkpoint['sha256']
-        ]
-        for path, threshold in known:
-            decision = 'the same speaker' if score > threshold else 'different speakers'
-            say(f'{decision}, at the EER threshold of {path}, {threshold:.4f}; other recordings have another one')
+        known = [path for path in lists if lists[path]['checkpoint']['sha256'] == system.checkpoint['sha256']]
+        for path in known:
+            at = lists[path]['raw']['EER']['threshold']
+            say(f'{decision[score > at]}, at the EER threshold of {path}, {at:.4f}; other recordings have another one')
         if known:
             return
     say('no threshold is known: --eval on trials of recordings like these finds one')
@@ -470,10 +488,7 @@ def verify(args):
 
 
 def join_processes(args):
-    """Joins the processes that torchrun started, each on a GPU of its own where there are GPUs.
-
-    Raises BadInput, in the first process of a machine, where that cannot be.
-    """
+    """Joins the processes that torchrun started, each on a GPU of its own where there are GPUs; else BadInput."""
     if 'TORCHELASTIC_RUN_ID' not in os.environ:
         return
     number, on_gpu, refusal = int(os.environ['LOCAL_RANK']), args.device != 'cpu' and torch.cuda.is_available(), ''
@@ -482,11 +497,9 @@ def join_processes(args):
     elif on_gpu and int(os.environ['LOCAL_WORLD_SIZE']) > torch.cuda.device_count():
         count = torch.cuda.device_count()
         refusal = f'torchrun: this machine has {count} GPUs, so --nproc_per_node must be at most {count}'
-    if refusal and number > 0:
-        sys.exit(2)
     if refusal:
-        raise BadInput(refusal)
-    gpu = torch.device('cuda', number) if on_gpu else None
+        raise SystemExit(2) if number else BadInput(refusal)
+    backend, gpu = ('nccl', torch.device('cuda', number)) if on_gpu else ('gloo', None)
     if on_gpu:
         torch.cuda.set_device(gpu)
     # The others wait while the first goes through the files, which takes an hour for all of VoxCeleb2.
@@ -495,7 +508,6 @@ def join_processes(args):
     # torchrun's own store stays after a restart: without a prefix, a process may find the address of a killed one.
     if os.environ['TORCHELASTIC_USE_AGENT_STORE'] == 'True':
         store = dist.PrefixStore(f'restart {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
-    backend = 'nccl' if on_gpu else 'gloo'
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience, device_id=gpu)
 
 
@@ -511,10 +523,13 @@ def first_process_first():
 
 @contextlib.contextmanager
 def sentences_for_people(args):
-    """Turns what may end a run, other than a mistake in this code, into a sentence and an exit status, no traceback.
-
-    2 for bad input, a full disk or memory; 130 for Ctrl-C and 143 for SIGTERM, as shells have it.
+    """Turns what may end a run, other than a mistake in this code, into a sentence and an exit status: 2 for bad input,
+    a full disk or memory; 130 for Ctrl-C and 143 for SIGTERM, as shells have it.
     """
+
+    def stop(number, frame):
+        raise KeyboardInterrupt(signal.SIGTERM)
+
     # torchrun stops its processes itself, and a process that waits for another one could not answer.
     before = signal.getsignal(signal.SIGTERM)
     if 'TORCHELASTIC_RUN_ID' not in os.environ:
@@ -531,11 +546,6 @@ def sentences_for_people(args):
         sys.exit(143 if terminated else 130)
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def stop(number, frame):
-    """What SIGTERM does: the same as Ctrl-C."""
-    raise KeyboardInterrupt(signal.SIGTERM)
 
 
 if __name__ == '__main__':

@@ -1,73 +1,122 @@
-"""Compares experiments: a table and the training curves of score.txt files, and DET curves of the scores of --eval.
+"""Compares experiments: a table of their figures, training curves, and DET curves of the scores of --eval.
 
-    python -m exps.compare exps/*/score.txt
+    python -m exps.compare exps/*/score.txt exps/*/results.json
 
-The published run is shown beside them. A DET curve is drawn of each SAVE_PATH/scores/LIST.txt, one picture a list.
+A path stands for its folder, whose score.txt (training) and results.json (--eval) are read. The published run is shown
+beside them. `--markdown` prints the table for a paper or a README. Where matplotlib is installed, a DET curve is drawn
+of each SAVE_PATH/scores/LIST.txt, one picture a list.
 """
 
 import argparse
 import os
 
 import numpy as np
-from scipy.special import ndtri
 
-from tools import BadInput, ComputeErrorRates, exit_on_bad_input, operating_points, read_scores, table, write_whole
+from tools import FIGURES, BadInput, exit_on_bad_input, read_scores, table
 from trainECAPAModel import read_results
 
 PUBLISHED = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'pretrain_score.txt')
+# Its README's figures of exps/pretrain.model; the first is the best of 80 epochs on this list.
+PUBLISHED_LISTS = {'Vox1_O': {'checkpoint': 'pretrain.model', 'raw': {'EER': 0.96}, 'asnorm': {'EER': 0.86}}}
 
 
 def main(argv=None):
     """Prints the table and draws the curves; exit status 2, with a sentence, for a file that is no score.txt."""
     parser = argparse.ArgumentParser(prog='python -m exps.compare', description='Compare experiments.')
-    parser.add_argument('scores', nargs='+', help='score.txt files of experiments')
+    parser.add_argument('scores', nargs='+', help='score.txt or results.json files of experiments')
     parser.add_argument('--out', default='exps', help='folder of the pictures curves.png and det_LIST.png')
+    parser.add_argument('--markdown', action='store_true', help='print the table as Markdown')
     args = parser.parse_args(argv)
     with exit_on_bad_input():
-        curves, verification = read_experiments(args.scores)
-        print_table(curves)
+        experiments = read_experiments(args.scores)
+        print_table(make_rows(experiments), args.markdown)
+        verification = read_verification(experiments)
         try:
-            import matplotlib
-        except ModuleNotFoundError:
-            print('not drawn: matplotlib is not installed')
+            from exps import draw
+        except ModuleNotFoundError as error:
+            print(f'not drawn: {error.name} is not installed')
             return
-        matplotlib.use('agg')
-        draw_curves(os.path.join(args.out, 'curves.png'), curves)
+        curves = {name: lines for name, (_, lines, _) in experiments.items() if lines}
+        draw.draw_curves(os.path.join(args.out, 'curves.png'), curves)
         for name, scores in verification.items():
-            draw_det(os.path.join(args.out, f'det_{name}.png'), scores)
+            draw.draw_det(os.path.join(args.out, f'det_{name}.png'), scores)
 
 
 def read_experiments(paths):
-    """({experiment: lines of its score.txt}, {trial list: {experiment and kind: (scores (N,), labels (N,))}})."""
-    curves, verification = {}, {}
-    for path in [*paths, PUBLISHED]:
-        lines = read_scores(path)
-        if not lines:
-            raise BadInput(f'{path}: {"is empty" if os.path.exists(path) else "no such file"}')
+    """{experiment: (folder, lines of its score.txt, entries of its results.json by list)}, the published one last."""
+    experiments = {}
+    for path in paths:
+        if not os.path.exists(path):
+            raise BadInput(f'{path}: no such file')
         folder = os.path.dirname(os.path.abspath(path))
-        name = 'published' if path == PUBLISHED else os.path.basename(folder)
-        name = path if name in curves else name
-        curves[name] = lines
+        lines, lists = read_scores(os.path.join(folder, 'score.txt')), read_results(folder)['lists']
+        if os.path.basename(path) not in ('score.txt', 'results.json') or not (lines or lists):
+            raise BadInput(f'{path}: neither a score.txt nor a results.json, or empty')
+        name = os.path.basename(folder)
+        name = folder if experiments.get(name, (folder,))[0] != folder else name
+        experiments[name] = folder, lines, lists
+    experiments['published'] = '', read_scores(PUBLISHED), PUBLISHED_LISTS
+    return experiments
+
+
+def make_rows(experiments):
+    """Rows of cells: of each experiment epochs, last and best EER, mean of the last ten; of each list that it scored
+    the checkpoint and the figures of every kind of scores.
+    """
+    entries = [entry for _, _, lists in experiments.values() for entry in lists.values()]
+    figures = [(kind, name) for entry in entries for kind in kinds_of(entry) for name in entry[kind]]
+    figures = [figure for figure in dict.fromkeys(figures) if figure[1] in FIGURES or figure[0] == 'calibrated']
+    header = ['experiment', 'epochs', 'last EER', 'best EER', 'at epoch', 'mean of last 10', 'checkpoint', 'list']
+    rows = [header + [f'{kind} {name}'.removeprefix('raw ') for kind, name in figures]]
+    for experiment, (_, lines, lists) in experiments.items():
+        training = ['-'] * 5
+        if lines:
+            eers = np.array([line[4] for line in lines])
+            best = eers.argmin()
+            training = [str(lines[-1][0]), *(f'{eer:.2f}%' for eer in (eers[-1], eers[best])), str(lines[best][0])]
+            training.append(f'{eers[-10:].mean():.2f}%')
+        for path, entry in (lists or {'-': {}}).items():
+            checkpoint = entry.get('checkpoint', '-')
+            checkpoint = os.path.basename(checkpoint if isinstance(checkpoint, str) else checkpoint.get('path', '-'))
+            found = [entry.get(kind, {}).get(name) for kind, name in figures]
+            found = [each.get('value') if isinstance(each, dict) else each for each in found]
+            cells = [
+                '-' if value is None else f'{value:.2f}%' if name == 'EER' else f'{value:.4f}'
+                for value, (_, name) in zip(found, figures)
+            ]
+            rows.append([experiment, *training, checkpoint, os.path.splitext(os.path.basename(path))[0], *cells])
+    return rows
+
+
+def print_table(rows, markdown):
+    """Prints rows of cells, the first of them the header, aligned or as Markdown."""
+    if markdown:
+        rows = [rows[0], ['---'] * len(rows[0]), *rows[1:]]
+    print('\n'.join(f'| {" | ".join(row)} |' for row in rows) if markdown else table(rows))
+
+
+def kinds_of(entry):
+    """Kinds of scores in a list's entry of results.json, in the order of their columns in its file of scores."""
+    return [kind for kind, figures in entry.items() if isinstance(figures, dict) and 'EER' in figures]
+
+
+def read_verification(experiments):
+    """{trial list: {experiment and kind: (scores (N,), labels (N,))}} of the files of scores that --eval wrote."""
+    verification = {}
+    for experiment, (folder, _, lists) in experiments.items():
         scores = os.path.join(folder, 'scores')
-        for file in sorted(os.listdir(scores)) if os.path.isdir(scores) else []:
-            kinds = kinds_of(folder, file)
+        entries = {os.path.basename(entry['scores']): entry for entry in lists.values() if 'scores' in entry}
+        for file in sorted(os.listdir(scores)) if folder and os.path.isdir(scores) else []:
+            path, kinds = os.path.join(scores, file), kinds_of(entries.get(file, {}))
             if not kinds:
-                print(f'not drawn: {os.path.join(scores, file)}, which results.json beside it does not name')
+                print(f'not drawn: {path}, which results.json beside it does not name')
                 continue
-            labels, *columns = read_trial_scores(os.path.join(scores, file))
+            labels, *columns = read_trial_scores(path)
             if len(kinds) != len(columns):
-                raise BadInput(f'{os.path.join(scores, file)}: other columns than results.json names; score it again')
+                raise BadInput(f'{path}: other columns than results.json names; score it again')
             for kind, values in zip(kinds, columns):
-                verification.setdefault(os.path.splitext(file)[0], {})[f'{name}, {kind}'] = values, labels
-    return curves, verification
-
-
-def kinds_of(folder, file):
-    """Names of the columns of scores in a file of --eval, as results.json has them; none where it has no such file."""
-    for entry in read_results(folder)['lists'].values():
-        if os.path.basename(entry['scores']) == file:
-            return [kind for kind, figures in entry.items() if isinstance(figures, dict) and 'EER' in figures]
-    return []
+                verification.setdefault(os.path.splitext(file)[0], {})[f'{experiment}, {kind}'] = values, labels
+    return verification
 
 
 def read_trial_scores(path):
@@ -80,70 +129,6 @@ def read_trial_scores(path):
         raise ValueError('it has no scores')
     except ValueError as error:
         raise BadInput(f'{path}: not a file of scores of --eval: {error}') from error
-
-
-def print_table(curves):
-    """Prints a row an experiment: epochs, last EER, best EER and its epoch, mean of the last ten."""
-    rows = [['experiment', 'epochs', 'last EER', 'best EER', 'at epoch', 'mean of last 10']]
-    for name, lines in curves.items():
-        eers = np.array([line[4] for line in lines])
-        best = eers.argmin()
-        epochs = str(lines[-1][0]), str(lines[best][0])
-        mean = f'{eers[-10:].mean():.2f}%'
-        rows.append([name, epochs[0], f'{eers[-1]:.2f}%', f'{eers[best]:.2f}%', epochs[1], mean])
-    print(table(rows))
-
-
-def draw_curves(path, curves):
-    """Draws loss, accuracy and EER over epochs to a PNG."""
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 3, figsize=(15, 4.5), layout='constrained')
-    for axes, column, title in zip(panels, (2, 3, 4), ('training loss', 'training accuracy (%)', 'EER (%)')):
-        for name, lines in curves.items():
-            epochs, values = np.array(lines)[:, [0, column]].T
-            axes.plot(epochs, values, '.-', label=name)
-        axes.set(title=title, xlabel='epoch')
-        axes.grid(alpha=0.3)
-    panels[2].set_yscale('log')
-    panels[2].yaxis.set_major_formatter(lambda value, _: f'{value:g}')
-    panels[2].yaxis.set_minor_formatter(lambda value, _: f'{value:g}' if f'{value:e}'[0] in '235' else '')
-    panels[2].legend()
-    save(figure, path)
-
-
-def draw_det(path, experiments):
-    """Draws DET curves (Martin et al., Eurospeech 1997) of {name: (scores (N,), labels (N,))} to a PNG."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 6), layout='constrained')
-    ticks, lowest = np.array([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 40, 60, 80]) / 100, 0.5
-    for name, (scores, labels) in experiments.items():
-        fnr, fpr, _ = ComputeErrorRates(scores, labels)
-        points = operating_points(scores, labels)
-        eer, cost = points['EER']['value'], points['minDCF(0.05)']['value']
-        seen = (fnr > 0) & (fpr > 0)
-        label = f'{name}: EER {eer:.2f}%, minDCF(0.05) {cost:.3f}'
-        (line,) = axes.plot(ndtri(fpr[seen]), ndtri(fnr[seen]), label=label)
-        axes.plot(*2 * [ndtri(eer / 100)], 'o', color=line.get_color())
-        # Fewer than one error of either kind cannot be seen.
-        lowest = min(lowest, max(0.5 / min(labels.sum(), len(labels) - labels.sum()), 1e-4))
-    limits = ndtri(lowest), ndtri(0.6)
-    axes.plot(limits, limits, ':', color='grey')
-    for axis, side in ((axes.xaxis, 'false alarms'), (axes.yaxis, 'misses')):
-        axis.set_ticks(ndtri(ticks), [f'{100 * tick:g}' for tick in ticks])
-        axis.set_label_text(f'{side} (%)')
-    axes.set(xlim=limits, ylim=limits, title=os.path.basename(path)[len('det_') : -len('.png')], aspect='equal')
-    axes.grid(alpha=0.3)
-    axes.legend(loc='upper right')
-    save(figure, path)
-
-
-def save(figure, path):
-    """Writes a figure to a PNG."""
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    write_whole(path, lambda file: figure.savefig(file, format='png', dpi=120))
-    print(f'drawn: {path}')
 
 
 if __name__ == '__main__':

@@ -69,7 +69,7 @@ def test_forward_and_evaluation_on_a_gpu_read_nothing_back(monkeypatch, precisio
         lengths = (20000, EVAL_CROP, 400 * 16000)
         with torch.inference_mode():
             window = [(index, torch.randn(length, device='cuda')) for index, length in enumerate(lengths)]
-            system.eval().embed_window(window, embeddings)
+            system.eval().embed_window(window, embeddings, torch.zeros(3, 2, device='cuda'))
 
 
 def test_compiled_training_is_one_graph_and_stays_it():
@@ -91,7 +91,7 @@ def compilations(system):
         system.train_network(epoch, [batch, batch])
         system.eval()
         with torch.inference_mode():
-            system.embed_window([(0, batch[0][0])], torch.zeros(1, 2, 192))
+            system.embed_window([(0, batch[0][0])], torch.zeros(1, 2, 192), torch.zeros(1, 2))
     return counter.frame_count
 
 

@@ -84,9 +84,9 @@ def test_several_lists_in_one_command(tree, model, tmp_path, capsys, monkeypatch
     second = tmp_path / 'second.txt'
     second.write_text(''.join(lines[::2]))
     shutil.copytree(tree['eval_path'], tmp_path / 'elsewhere')
-    embedded, embed_files = [], ECAPAModel.embed_files
+    embedded, embed = [], ECAPAModel.embed_with_quality
     monkeypatch.setattr(
-        ECAPAModel, 'embed_files', lambda self, paths, **kw: embedded.append(paths) or embed_files(self, paths, **kw)
+        ECAPAModel, 'embed_with_quality', lambda self, paths, *a: embedded.append(paths) or embed(self, paths, *a)
     )
     options = command_line('--eval', device='cpu', n_cpu=0, initial_model=model, save_path=tree['save_path'])
     lists = ['--eval_list', tree['eval_list'], str(second)]
@@ -116,9 +116,9 @@ def test_several_lists_in_training(tree, tmp_path, capsys):
 
 def test_as_norm_by_command(tree, model, capsys, monkeypatch):
     options = {**eval_options(tree, model), 'train_list': tree['train_list'], 'train_path': tree['train_path']}
-    embedded, embed_files = [], ECAPAModel.embed_files
+    embedded, embed = [], ECAPAModel.embed_with_quality
     monkeypatch.setattr(
-        ECAPAModel, 'embed_files', lambda self, paths: embedded.append(paths) or embed_files(self, paths)
+        ECAPAModel, 'embed_with_quality', lambda self, paths, *a: embedded.append(paths) or embed(self, paths, *a)
     )
     for settings in ({}, {}, {'cohort_utterances': 2}, {'seed': 3}):
         run('--eval', score_norm='asnorm', **options, **settings)
@@ -399,16 +399,23 @@ def test_comparing_experiments(tmp_path, capsys):
     (tmp_path / 'one').mkdir()
     (tmp_path / 'one/score.txt').write_text(''.join(line % (n, 5 - n) for n in range(1, 5)) + line % (5, 3))
     (tmp_path / 'one/scores').mkdir()
-    kinds = {'raw': {'EER': {}}, 'asnorm': {'EER': {}}, 'checkpoint': {'sha256': ''}}
-    record = {'checkpoint': {}, 'lists': {'hard.txt': {**kinds, 'scores': 'x/scores/hard.txt'}}}
+    kinds = {'raw': {'EER': {'value': 12.34}, 'minDCF(0.05)': {'value': 0.5}}, 'asnorm': {'EER': {'value': 10.5}}}
+    entry = {**kinds, 'scores': 'x/scores/hard.txt', 'checkpoint': {'path': 'x/model_0005.model', 'sha256': ''}}
+    record = {'checkpoint': entry['checkpoint'], 'lists': {'hard.txt': entry}}
     (tmp_path / 'one/results.json').write_text(json.dumps(record))
     random = np.random.default_rng(4)
     trials = [(label, *random.standard_normal(2) + label) for label in random.integers(2, size=200)]
     (tmp_path / 'one/scores/hard.txt').write_text(''.join(f'{a} {b:.6f} {c:.6f} x.wav y.wav\n' for a, b, c in trials))
     compare.main([str(tmp_path / 'one/score.txt'), '--out', str(tmp_path)])
     rows = [re.split(r'  +', line) for line in capsys.readouterr().out.splitlines()]
-    assert rows[1] == ['one', '5', '3.00%', '1.00%', '4', '2.60%']
-    assert rows[2] == ['published', '80', '1.03%', '0.96%', '70', '1.05%']
+    assert rows[0][6:] == ['checkpoint', 'list', 'EER', 'minDCF(0.05)', 'asnorm EER']
+    one, published = '5 3.00% 1.00% 4 2.60% model_0005.model hard', '80 1.03% 0.96% 70 1.05% pretrain.model Vox1_O'
+    assert rows[1] == ['one', *one.split(), '12.34%', '0.5000', '10.50%']
+    assert rows[2] == ['published', *published.split(), '0.96%', '-', '0.86%']
+    compare.main([str(tmp_path / 'one/results.json'), '--out', str(tmp_path), '--markdown'])
+    lines = capsys.readouterr().out.splitlines()
+    assert [[cell.strip() for cell in line.strip('|').split('|')] for line in lines[:1] + lines[2:4]] == rows[:3]
+    assert set(lines[1]) == set('|- '), 'the line that makes it a table in Markdown'
     assert all((tmp_path / name).read_bytes().startswith(b'\x89PNG') for name in ('curves.png', 'det_hard.png'))
     with pytest.raises(SystemExit) as stop:
         compare.main([str(tmp_path / 'none.txt')])

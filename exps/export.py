@@ -1,0 +1,124 @@
+"""Writes a checkpoint as one ONNX file, from waveform to unit embedding, to be run anywhere with onnxruntime.
+
+    pip install onnx onnxruntime
+    python -m exps.export exps/exp1/model/model_0080.model --out ecapa.onnx
+
+Input `waveform`, float32 (batch, samples): 16 kHz, mono, in [-1, 1], 257 samples or more, all of a batch of one length.
+Output `embedding`, float32 (batch, 192), of unit length: that of whole utterances, as `--embed` writes it. Opset 17.
+The metadata name the checkpoint's SHA-256, the commit and the versions. Nothing is written unless onnxruntime gives the
+embeddings that PyTorch gives, within 1e-4, at five lengths from 0.3 to 30 s.
+"""
+
+import argparse
+import io
+import os
+import shlex
+import sys
+import warnings
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dataLoader import RATE
+from ECAPAModel import load_model
+from exps.demo.voices import draw_voice, speak
+from model import HOP
+from tools import BadInput, exit_on_bad_input, write_whole
+from trainECAPAModel import provenance
+
+OPSET = 17
+SECONDS = (0.3, 1, 3, 10, 30)
+BOUND = 1e-4
+
+
+def main(argv=None):
+    """Writes the file; exit status 2, with a sentence, for a checkpoint or a result that is not right."""
+    parser = argparse.ArgumentParser(prog='python -m exps.export', description='Write a checkpoint as an ONNX file.')
+    parser.add_argument('model', help='checkpoint')
+    parser.add_argument('--out', required=True, help='ONNX file to write')
+    args = parser.parse_args(argv)
+    args.command = shlex.join(['python', '-m', 'exps.export', *(sys.argv[1:] if argv is None else argv)])
+    with exit_on_bad_input():
+        export(args)
+
+
+def export(args):
+    """Writes args.out and prints the largest differences from PyTorch; BadInput where one is over BOUND."""
+    import onnx
+    import onnxruntime
+
+    if os.path.exists(args.out):
+        raise BadInput(f'--out {args.out} is there already; remove it or choose another name')
+    system = load_model(args.model, device='cpu').eval()
+    content = to_onnx(system)
+    graph = onnx.load_from_string(content)
+    facts = {**provenance(args), 'checkpoint': system.checkpoint['path'], 'sha256': system.checkpoint['sha256']}
+    facts['versions'] = ', '.join(f'{name} {version}' for name, version in facts['versions'].items())
+    onnx.helper.set_model_props(graph, {**facts, 'input': f'{RATE} Hz, mono, in [-1, 1]'})
+    content = graph.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=['CPUExecutionProvider'])
+    for seconds, difference in differences(system, session):
+        print(f'{seconds:g} s: largest difference {difference:.1e}')
+        if not difference <= BOUND:
+            raise BadInput(f'{args.model}: onnxruntime differs by more than {BOUND:g}, so {args.out} is not written')
+    write_whole(args.out, lambda file: file.write(content))
+    print(f'written: {args.out}, {len(content) / 1e6:.1f} MB, opset {OPSET}')
+
+
+class FromWaveform(nn.Module):
+    """The encoder of a system with its features as a convolution: no runtime needs to know of spectrograms."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+        mel = encoder.torchfbank[1]
+        window = F.pad(mel.spectrogram.window.double(), [(mel.n_fft - mel.win_length) // 2] * 2)
+        time, frequency = torch.arange(mel.n_fft).double(), torch.arange(mel.n_fft // 2 + 1).double()
+        angles = 2 * torch.pi / mel.n_fft * torch.outer(frequency, time)
+        self.spectrum = torch.cat([angles.cos() * window, angles.sin() * window]).float().unsqueeze(1)  # (514, 1, 512)
+
+    def forward(self, waveform):
+        """Unit embeddings (B, 192) of waveforms (B, samples)."""
+        preemphasis, mel = self.encoder.torchfbank
+        x = F.pad(preemphasis(waveform).unsqueeze(1), [mel.n_fft // 2] * 2, 'reflect')
+        cosines, sines = F.conv1d(x, self.spectrum, stride=HOP).square().chunk(2, dim=1)  # (B, 257, T) each
+        x = (mel.mel_scale.fb.T @ (cosines + sines) + 1e-6).log()  # (B, 80, T)
+        return F.normalize(self.encoder.encode(x - x.mean(dim=2, keepdim=True)))
+
+
+def to_onnx(system):
+    """An ONNX file's bytes for the encoder of a system in evaluation mode."""
+    file, axes = io.BytesIO(), {'waveform': {0: 'batch', 1: 'samples'}, 'embedding': {0: 'batch'}}
+    with warnings.catch_warnings(), torch.no_grad():
+        # The newer exporter needs one more package; the release of PyTorch is fixed.
+        warnings.simplefilter('ignore')
+        torch.onnx.export(
+            FromWaveform(system.speaker_encoder).eval(),
+            (torch.zeros(2, RATE),),
+            file,
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=['waveform'],
+            output_names=['embedding'],
+            dynamic_axes=axes,
+        )
+    return file.getvalue()
+
+
+def differences(system, session):
+    """Yields (seconds, largest difference of the session's embeddings of two synthetic voices from the system's)."""
+    rng = np.random.default_rng(0)
+    voices = [np.resize(speak(rng, draw_voice(rng), max(SECONDS)), int(max(SECONDS) * RATE)) for _ in range(2)]
+    voices = np.stack([0.3 * voice / np.abs(voice).max() for voice in voices]).astype(np.float32)
+    for seconds in SECONDS:
+        waveform = voices[:, : int(seconds * RATE)]
+        with torch.inference_mode():
+            expected = F.normalize(system.speaker_encoder(torch.from_numpy(waveform), aug=False)).numpy()
+        (found,) = session.run(['embedding'], {'waveform': waveform})
+        yield seconds, np.abs(found - expected).max()
+
+
+if __name__ == '__main__':
+    main()
