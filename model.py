@@ -185,7 +185,8 @@ class ECAPA_TDNN(nn.Module):
         """Attentive statistics with global context (paper, section 3.2): (B, 1536, T) -> float32 (B, 3072)."""
         values = x.float()
         if mask is None:
-            variance, mean = torch.var_mean(values, dim=2)  # (B, 1536) each
+            mean, mean_square = Moments.apply(values, None)  # (B, 1536) each
+            variance = (mean_square - mean * mean) * (x.shape[2] / (x.shape[2] - 1))
         else:
             mean, count = mean_over_time(values, mask), mask.sum(dim=2)
             variance = mean_over_time((values - mean.unsqueeze(2)) ** 2, mask) * count / (count - 1)
@@ -200,7 +201,7 @@ class ECAPA_TDNN(nn.Module):
         logits = logits.float()
         if mask is not None:
             logits = logits.masked_fill(mask == 0, -torch.inf)
-        mean, mean_square = WeightedMoments.apply(values, logits)  # (B, 1536) each
+        mean, mean_square = Moments.apply(values, logits)  # (B, 1536) each
         return torch.cat((mean, (mean_square - mean * mean).clamp(min=1e-4).sqrt()), dim=1)
 
 
@@ -213,15 +214,14 @@ def mean_over_time(x, mask=None):
     return x.sum(dim=2) / x.shape[2] if mask is None else (x * mask).sum(dim=2) / mask.sum(dim=2)
 
 
-class WeightedMoments(torch.autograd.Function):
-    """Means over time of x and its square, weighted by the softmax of logits (both (B, channels, T)): (B, channels).
-
-    Its own backward keeps and reads fewer tensors of x's size than autograd's.
+class Moments(torch.autograd.Function):
+    """Means (B, channels) over time of x (B, channels, T) and of its square, weighted by the softmax of logits (of its
+    shape) unless that is None. Its own backward keeps and reads fewer tensors of x's size than autograd's.
     """
 
     @staticmethod
     def forward(ctx, x, logits):
-        weights = logits.softmax(dim=2)
+        weights = torch.full_like(x[:1, :1, :1], 1 / x.shape[2]) if logits is None else logits.softmax(dim=2)
         product = weights * x
         mean, mean_square = product.sum(dim=2), product.mul_(x).sum(dim=2)
         ctx.save_for_backward(x, weights, mean, mean_square)
@@ -230,11 +230,13 @@ class WeightedMoments(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_mean, grad_square):
         x, weights, mean, mean_square = ctx.saved_tensors
-        # The gradient of a weight is x * slope; that of its logit is weight * (x * slope - the weighted mean of these).
         level = (grad_mean * mean + grad_square * mean_square).unsqueeze(2)
-        slope = torch.addcmul(grad_mean.unsqueeze(2), x, grad_square.unsqueeze(2))
-        grad_x = torch.addcmul(slope, x, grad_square.unsqueeze(2)).mul_(weights)
-        return grad_x, slope.mul_(x).sub_(level).mul_(weights)
+        grad_mean, grad_square = grad_mean.unsqueeze(2), grad_square.unsqueeze(2)
+        if not ctx.needs_input_grad[1]:
+            return torch.addcmul(grad_mean * weights, x, 2 * grad_square * weights), None
+        # The gradient of a weight is x * slope; that of its logit is weight * (x * slope - the weighted mean of these).
+        slope = torch.addcmul(grad_mean, x, grad_square)
+        return torch.addcmul(slope, x, grad_square).mul_(weights), slope.mul_(x).sub_(level).mul_(weights)
 
 
 def norm_of_all(x, weight, bias, eps=1e-5):
