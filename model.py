@@ -185,7 +185,7 @@ class ECAPA_TDNN(nn.Module):
         """Attentive statistics with global context (paper, section 3.2): (B, 1536, T) -> float32 (B, 3072)."""
         values = x.float()
         if mask is None:
-            mean, mean_square = Moments.apply(values, None)  # (B, 1536) each
+            mean, mean_square = Moments.apply(values)  # (B, 1536) each
             variance = (mean_square - mean * mean) * (x.shape[2] / (x.shape[2] - 1))
         else:
             mean, count = mean_over_time(values, mask), mask.sum(dim=2)
@@ -216,12 +216,12 @@ def mean_over_time(x, mask=None):
 
 class Moments(torch.autograd.Function):
     """Means (B, channels) over time of x (B, channels, T) and of its square, weighted by the softmax of logits (of its
-    shape) unless that is None. Its own backward keeps and reads fewer tensors of x's size than autograd's.
+    shape) if there are any. Its own backward keeps and reads fewer tensors of x's size than autograd's.
     """
 
     @staticmethod
-    def forward(ctx, x, logits):
-        weights = torch.full_like(x[:1, :1, :1], 1 / x.shape[2]) if logits is None else logits.softmax(dim=2)
+    def forward(ctx, x, logits=None):
+        weights = x.new_ones(()) / x.shape[2] if logits is None else logits.softmax(dim=2)
         product = weights * x
         mean, mean_square = product.sum(dim=2), product.mul_(x).sum(dim=2)
         ctx.save_for_backward(x, weights, mean, mean_square)
@@ -232,8 +232,8 @@ class Moments(torch.autograd.Function):
         x, weights, mean, mean_square = ctx.saved_tensors
         level = (grad_mean * mean + grad_square * mean_square).unsqueeze(2)
         grad_mean, grad_square = grad_mean.unsqueeze(2), grad_square.unsqueeze(2)
-        if not ctx.needs_input_grad[1]:
-            return torch.addcmul(grad_mean * weights, x, 2 * grad_square * weights), None
+        if len(ctx.needs_input_grad) == 1:
+            return torch.addcmul(grad_mean * weights, x, 2 * grad_square * weights)
         # The gradient of a weight is x * slope; that of its logit is weight * (x * slope - the weighted mean of these).
         slope = torch.addcmul(grad_mean, x, grad_square)
         return torch.addcmul(slope, x, grad_square).mul_(weights), slope.mul_(x).sub_(level).mul_(weights)

@@ -44,6 +44,7 @@ from plain import (
 
 from dataLoader import make_batches, read_train_list, read_trial_lists, train_loader
 from ECAPAModel import ECAPAModel, choose_device
+from exps.export import to_onnx
 from tools import as_norm, available_cpus, operating_points, score_pairs
 from trainECAPAModel import default_n_cpu
 
@@ -471,6 +472,30 @@ def evaluation_rows(options, folder):
     yield row._replace(note=f'largest difference of scores {difference:.1e}')
 
 
+# onnx: the exported encoder in onnxruntime.
+
+
+def onnx_rows(options, folder):
+    """Whole utterances of 2 and 8 s, one at a time, on a CPU; of this section "plain" is onnxruntime."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        yield Row('onnx', note='needs the packages onnx and onnxruntime')
+        return
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = torch.get_num_threads()
+    for C in (16,) if options.quick else (128, 1024):
+        system = ECAPAModel(0.001, 0.97, C, 10, 0.2, 30, test_step=1, device='cpu').eval()
+        session = onnxruntime.InferenceSession(to_onnx(system), settings, providers=['CPUExecutionProvider'])
+        for seconds in (2, 8):
+            audio = 0.1 * np.random.default_rng(0).standard_normal((1, seconds * RATE), np.float32)
+            exported = partial(session.run, None, {'waveform': audio})
+            ours = torch.inference_mode()(partial(system.speaker_encoder, torch.from_numpy(audio), aug=False))
+            measures = (timed(f, 1, repeats=1 if options.quick else 5) for f in (exported, ours))
+            row = compare(f'embedding, C={C}, {seconds} s, one at a time', 'utt/s', *measures)
+            yield row._replace(note='not plain but onnxruntime')
+
+
 # scoring: from embeddings to error rates.
 
 
@@ -570,6 +595,7 @@ SECTIONS = {
     'traffic': traffic_rows,
     'pipeline': pipeline_rows,
     'evaluation': evaluation_rows,
+    'onnx': onnx_rows,
     'scoring': scoring_rows,
     'lists': lists_rows,
     'precision': precision_rows,
