@@ -37,15 +37,12 @@ LONGEST = 300 * RATE  # samples of a recording that is embedded in one piece
 class ECAPAModel(nn.Module):
     """Speaker encoder and AAM-softmax classifier, with the optimiser that trains them.
 
-    lr: learning rate, multiplied by lr_decay every test_step epochs (schedule 'step'), or falling to min_lr at
-    max_epoch ('cosine'), after `warmup` epochs in which it grows from 0; optimizer: 'adam' or 'sgd'; clip: largest norm
-    of the gradient, if not 0; C: channels of the encoder; n_class: speakers; m, s: margin and scale of AAM-softmax;
-    margin_from: the margin up to the first of margin_epochs, from where it grows to m at the second; no_specaug: no
-    SpecAugment; device: as in choose_device; precision: 'bf16' (the encoder's convolutions; features, pooling
-    statistics and loss stay float32), 'fp32' (as PyTorch has it: on a GPU convolutions round to TF32), 'exact' (float32
-    without TF32) or 'auto', bf16 on a GPU that has it, else fp32; compile: whether to compile the encoder's body for
-    training; n_cpu: processes that read files in evaluation; accumulate: parts that a batch goes through the network
-    in, to save memory; freeze_epochs: first epochs that train the classifier alone.
+    lr: learning rate, multiplied by lr_decay every test_step epochs; C: channels of the encoder; n_class: speakers; m,
+    s: margin and scale of AAM-softmax; device: as in choose_device; precision: 'bf16' (the encoder's convolutions;
+    features, pooling statistics and loss stay float32), 'fp32' (as PyTorch has it: on a GPU convolutions round to
+    TF32), 'exact' (float32 without TF32) or 'auto', bf16 on a GPU that has it, else fp32; n_cpu: processes that read
+    files in evaluation; options: the command's, with its defaults: optimizer, weight_decay, clip, schedule, min_lr,
+    warmup, max_epoch, margin_from, margin_epochs, no_specaug, compile, accumulate, freeze_epochs.
 
     Where processes train together, gradients are averaged over them, and batch norms use the statistics of all.
     """
@@ -187,16 +184,17 @@ class ECAPAModel(nn.Module):
         """Scores and figures of what read_trial_lists returns: for each list {'raw': (scores (N,), operating_points)}.
 
         cohort_files: what choose_cohort returns. The other kinds are those of score_pairs and, where the checkpoint has
-        a calibration for one of these, 'calibrated': log-likelihood ratios, with calibration_figures besides.
+        a calibration that was fitted on other trials, 'calibrated': log-likelihood ratios, with calibration_figures.
         """
-        cohort = None if cohort_files is None else self.cohort(cohort_files)
-        files, options, results = self.embed_with_quality(paths), (cohort, top_n, subtract_mean), []
-        scored = [self.score_pairs(*map(trials.mean, files), trials.pairs, *options) for trials in trial_lists]
-        calibration = self.calibration(scored[0][0], [trials.digest for trials in trial_lists])
-        for trials, (scores, measures) in zip(trial_lists, scored):
-            labels = trials.labels
+        calibration, results = self.calibration(cohort_files, top_n, subtract_mean), []
+        cohort, files = cohort_files and self.cohort(cohort_files), self.embed_with_quality(paths)
+        for trials in trial_lists:
+            labels, options = trials.labels, (trials.pairs, cohort, top_n, subtract_mean)
+            scores, measures = self.score_pairs(*map(trials.mean, files), *options)
             results.append({kind: (s, tools.operating_points(s, labels)) for kind, s in scores.items()})
-            if calibration:
+            if calibration and calibration['list']['fingerprint'] == trials.fingerprint():
+                say(f'note          not calibrated: {trials.path}, the trials that the calibration was fitted on')
+            elif calibration:
                 ratios = tools.log_likelihood_ratios(calibration, scores, measures, trials.pairs)
                 figures = tools.operating_points(ratios, labels) | tools.calibration_figures(ratios, labels)
                 results[-1]['calibrated'] = ratios, figures
@@ -209,42 +207,37 @@ class ECAPAModel(nn.Module):
         a measure. With subtract_mean there are 'centred' and 'centred asnorm' too: of both vectors of a file minus the
         cohort's mean, then of unit length, so that crops count by the cosine of their means; the cohort's likewise.
         """
-        # The mean of several utterances is shorter than 1.
-        embeddings[:, 0] /= np.linalg.norm(embeddings[:, 0], axis=1, keepdims=True)
-        spaces, scores = {'': (embeddings, cohort)}, {}
+        scores, measures = {}, {'duration': np.log(quality[:, 0]), 'size': quality[:, 1]}
+        # The mean of several utterances' whole embeddings is shorter than 1.
+        whole, crops = embeddings.swapaxes(0, 1)
+        spaces = {'': (np.stack([whole / np.linalg.norm(whole, axis=1, keepdims=True), crops], axis=1), cohort)}
         if subtract_mean:
-            centred = (vectors - cohort.mean(axis=0) for vectors in spaces[''])
+            centred = (vectors - cohort.mean(axis=0) for vectors in (embeddings, cohort))
             spaces['centred '] = tuple(vectors / np.linalg.norm(vectors, axis=2, keepdims=True) for vectors in centred)
         for space, (vectors, speakers) in spaces.items():
             raw = scores[space.strip() or 'raw'] = tools.score_pairs(vectors, pairs)
             if top_n:
-                scores[f'{space}asnorm'] = tools.as_norm(raw, vectors, pairs, speakers, top_n)
-        measures = {'duration': np.log(quality[:, 0]), 'size': quality[:, 1]}
-        if top_n:
-            measures['cohort'] = tools.cohort_moments(embeddings, cohort, top_n)[0]
+                moments = tools.cohort_moments(vectors, speakers, top_n)
+                scores[f'{space}asnorm'] = tools.as_norm(raw, vectors, pairs, speakers, top_n, moments)
+                measures.setdefault('cohort', moments[0])
         return scores, measures
 
-    def calibration(self, kinds, digests=()):
-        """What exps.calibrate wrote beside the checkpoint for one of these kinds of scores; None, with a note, where it
-        is for others, or was fitted on a list with one of these digests.
-        """
+    def calibration(self, cohort_files, top_n, subtract_mean):
+        """What exps.calibrate wrote beside the checkpoint; None, with a note, where it is for another way to score."""
         path = f'{self.checkpoint["path"]}.calibration.json' if self.checkpoint else ''
         if not os.path.exists(path):
             return None
+        made = {'raw': True, 'asnorm': top_n, 'centred': subtract_mean, 'centred asnorm': top_n and subtract_mean}
         try:
             with open(path, encoding='utf-8') as file:
                 found = json.load(file)
-            doubts = {
-                'is for other weights': found['checkpoint']['sha256'] != self.checkpoint['sha256'],
-                'was fitted on this list, so its figures would be too good': found['list']['sha256'] in digests,
-                f'is for {found["kind"]} scores (--score_norm, --subtract_mean)': found['kind'] not in kinds,
-            }
+            fits = found['cohort'] in (None, cohort_digest(cohort_files, top_n)) and made[found['kind']]
+            if fits and found['checkpoint']['sha256'] == self.checkpoint['sha256']:
+                return found
+            say(f'note          not calibrated: {path} is for other weights or options: {found["command"]}')
         except (ValueError, KeyError, TypeError) as error:
             raise BadInput(f'{path}: not what exps.calibrate writes; move it away') from error
-        why = next((why for why, holds in doubts.items() if holds), None)
-        if why:
-            say(f'note          not calibrated: {path} {why}')
-        return None if why else found
+        return None
 
     def cohort(self, files):
         """Cohort of as_norm, (speakers, 2, 192): the mean of embed_files over each speaker's files, a list for each, so
@@ -252,7 +245,7 @@ class ECAPAModel(nn.Module):
         """
         checkpoint, paths = self.checkpoint or {'path': '', 'sha256': ''}, [path for each in files for path in each]
         kept_in = f'{checkpoint["path"]}.cohort.npz'
-        key = f'{checkpoint["sha256"]} {tools.digest(os.fsencode(repr(files)))}'
+        key = f'{checkpoint["sha256"]} {cohort_digest(files)}'
         cohort = None
         with contextlib.suppress(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile), np.load(kept_in) as kept:
             cohort = kept['cohort'] if str(kept['key']) == key else None
@@ -361,10 +354,7 @@ class ECAPAModel(nn.Module):
         tools.write_whole(path, lambda file: torch.save(self.state_dict(), file))
 
     def save_training(self, folder, epoch, keep=0, **rest):
-        """Writes model_EPOCH.model and, beside it, model_EPOCH.state: what else a resume needs, `rest` included.
-
-        The two newest states are kept, and of the models `keep` if that is not 0. BadInput where the disk refuses.
-        """
+        """Writes model_EPOCH.model and, in model_EPOCH.state, what else a resume needs, with `rest`; then prunes."""
         broken = [name for name, tensor in self.state_dict().items() if not tensor.isfinite().all()]
         if broken:
             raise BadInput(f'epoch {epoch}: {broken[0]} is not finite any more; it is not saved. A lower --lr may help')
@@ -418,8 +408,10 @@ class ECAPAModel(nn.Module):
         encoder = [name for name in unfit if name.startswith('speaker_encoder.')]
         if encoder:
             wrong = f'{len(encoder)} tensors are missing, unknown or of another shape, {encoder[0]} for one'
-            sizes = checkpoint_sizes(weights)[0], self.speaker_encoder.conv1.out_channels
-            raise BadInput(f'{path}: the encoder does not fit: {wrong}; it has %d channels, the model %d (--C)' % sizes)
+            sizes = (
+                f'it has {checkpoint_sizes(weights)[0]} channels, the model {self.speaker_encoder.conv1.out_channels}'
+            )
+            raise BadInput(f'{path}: the encoder does not fit: {wrong}; {sizes} (--C)')
         self.load_state_dict({name: tensor for name, tensor in weights.items() if name not in unfit}, strict=False)
         self.checkpoint = None
         return unfit
@@ -466,9 +458,7 @@ def load_model(path, **kwargs):
 
 
 def prune(folder, keep, epoch):
-    """Removes from a run's folder of models what it no longer needs after an epoch, and what a kill left, but nothing
-    of later epochs, which a resume could not use.
-    """
+    """Removes from a run's folder what a kill left and, up to an epoch, all but 2 states and `keep` models (0: all)."""
     states = sorted(glob.glob(glob.escape(folder) + '/model_*.state'))
     old = [path for path in states if path <= os.path.join(folder, f'model_{epoch:04d}.state')][:-2]
     models = [path for path, saved in saved_models(folder).items() if saved <= epoch]
@@ -526,6 +516,11 @@ def read_checkpoint(path):
     if broken:
         raise BadInput(f'{path}: holds numbers that are not finite, in {broken[0]}')
     return state, sha256
+
+
+def cohort_digest(files, top_n=None):
+    """SHA-256 of which files make a cohort, and how many speakers of it normalise a score."""
+    return tools.digest(os.fsencode(repr((files, top_n))))
 
 
 def checkpoint_sizes(state):

@@ -53,9 +53,7 @@ class train_loader(Dataset):
     """
 
     def __init__(self, train_list, train_path, musan_path, rir_path, num_frames, seed=0, speed_perturb=False, **kwargs):
-        self.train_path = train_path
-        self.length = num_frames * 160 + 240
-        self.seed = seed
+        self.train_path, self.length, self.seed = train_path, num_frames * 160 + 240, seed
         self.speakers, self.labels, self.names, self.list_digest = read_train_list(train_list)
         self.speeds, self.speed_drawn = SPEEDS if speed_perturb else SPEEDS[:1], speed_perturb == 'drawn'
         self.augmented = kwargs.get('augment', 5 / 6)
@@ -204,10 +202,7 @@ class EpochSampler(Sampler):
     """
 
     def __init__(self, size, batch_size, seed):
-        self.size = size
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = 1
+        self.size, self.batch_size, self.seed, self.epoch = size, batch_size, seed, 1
 
     def __len__(self):
         return self.size // self.batch_size
@@ -277,8 +272,8 @@ def read_any(path, least=0):
 def read_crop(path, length, rng, first=0, span=None, cached=False, least=0):
     """`length` samples from a position drawn uniformly, float32 (length,); what is too short is repeated.
 
-    first, span: the part of the file, in samples, that the crop is drawn from if it fits there. cached: remember how
-    the file is laid out, for files that are read again and again. least: as in read_audio, for a crop of zeros.
+    first, span: the part of the file, in samples, that the crop is drawn from if it fits there. cached: remember the
+    layout of a file that is read again and again. least: as in read_audio, for a crop of zeros.
     """
     layout, file = known_wav_layout(path) if cached else wav_layout(path), None
     if layout is None:
@@ -318,8 +313,7 @@ def wav_layout(path):
     return (offset, frames) if fits and 0 < frames <= (size - offset) // 2 else None
 
 
-# Only the layout is remembered: a file that stays mapped into memory holds a file descriptor, and MUSAN has more files
-# than a process may have open.
+# Only the layout: a mapped file holds a file descriptor, and MUSAN has more files than a process may have open.
 known_wav_layout = functools.lru_cache(maxsize=8192)(wav_layout)
 
 
@@ -411,9 +405,7 @@ def require(exists, path, role):
 
 
 class Strings:
-    """Many strings in two objects: a list would be copied to every forked worker, page by page, as reading a string
-    changes its reference count. An array of fixed width would be as wide as the longest.
-    """
+    """Many strings in two objects: forked workers would copy a list, as reading a string counts its references."""
 
     def __init__(self, strings):
         encoded = [os.fsencode(string) for string in strings]
@@ -443,8 +435,16 @@ class TrialList(NamedTuple):
 
     def mean(self, values):
         """Of each of the names: the mean over its files of values (files, ...)."""
+        if len(self.starts) == len(self.rows):
+            return values[self.rows]
         counts = np.diff(self.starts, append=len(self.rows)).astype(values.dtype)
         return np.add.reduceat(values[self.rows], self.starts) / counts.reshape(-1, *[1] * (values.ndim - 1))
+
+    def fingerprint(self):
+        """SHA-256 of its trials, whatever their order, and however their labels are written."""
+        return digest(
+            os.fsencode('\n'.join(sorted(f'{self.names[a]} {self.names[b]}' for a, b in self.pairs.tolist())))
+        )
 
 
 def read_train_list(path):
@@ -477,20 +477,27 @@ def read_trial_lists(lists, folders, enrol_list=''):
     for path, folder in zip(lists, folders * (len(lists) // len(folders))):
         require(os.path.isdir, folder, '--eval_path')
         content, index, labels, pairs = read_list(path, '--eval_list'), {}, array('b'), array('i')
-        first = next((line.split() for line in io.BytesIO(content) if line.strip()), [b''])
-        at = 2 if first[0] not in LABELS and first[-1] in LABELS else 0
+        ends = [
+            (fields[-1] in LABELS) - (fields[0] in LABELS)
+            for fields in map(bytes.split, content.splitlines())
+            if fields
+        ]
+        at = 2 if sum(ends) > 0 else 0
         known = {at: LABELS, **({1 if at == 0 else 0: models} if models else {})}
         for fields in split_lines(content, 3, path, '--eval_list', known):
             labels.append(LABELS[fields.pop(at)])
-            pairs.extend([index.setdefault(name, len(index)) for name in fields])
+            # A model may be called as a file is.
+            names = [(fields[0],), fields[1]] if models else fields
+            pairs.extend([index.setdefault(name, len(index)) for name in names])
         labels = np.array(labels)
         if labels.min() == labels.max():
             raise BadInput(f'--eval_list: {path}: needs trials of both kinds, 1 and 0, for an error rate')
-        files = [models.get(name, [name]) for name in index]
+        files = [models[name[0]] if isinstance(name, tuple) else [name] for name in index]
         starts = np.cumsum([0, *map(len, files)])[:-1]
         files = [os.path.join(folder, os.fsdecode(file)) for each in files for file in each]
         rows = np.array([places.setdefault(file, len(places)) for file in files], np.int32)
-        pairs, names = np.array(pairs).reshape(-1, 2), list(map(os.fsdecode, index))
+        names = [os.fsdecode(name[0] if isinstance(name, tuple) else name) for name in index]
+        pairs = np.array(pairs).reshape(-1, 2)
         trials.append(TrialList(path, digest(content + enrolments), labels, pairs, names, rows, starts))
     return list(places), trials
 
@@ -543,9 +550,8 @@ def split_lines(content, count, path, role, known=None, more=False):
 
 def check_data(dataset, eval_files, eval_path, every_file, n_cpu, max_bad):
     """Looks at the audio of a train_loader and of the trials (paths eval_files, below the folders eval_path): opens all
-    files of the trials, and reads a sample of the others; or reads every file. Prints what is found.
-
-    Raises BadInput that names the faulty ones; of training files, where they are more than max_bad percent.
+    files of the trials, and reads a sample of the others; or reads every file. Prints what is found; BadInput names the
+    faulty ones, of the training files where they are more than max_bad percent.
     """
     require(os.path.isdir, dataset.train_path, '--train_path')
     # All of VoxCeleb2 would take an hour; a wrong folder or rate shows in a sample.

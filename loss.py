@@ -17,16 +17,14 @@ class AAMsoftmax(nn.Module):
 
     def __init__(self, n_class, m, s):
         super().__init__()
-        self.m = m
-        self.s = s
+        self.m, self.s = m, s
         self.weight = nn.Parameter(torch.empty(n_class, 192))
         nn.init.xavier_normal_(self.weight, gain=1)
 
     def forward(self, x, label):
         """x: (B, 192) embeddings; label: (B,) speakers. Returns (loss, top-1 accuracy in percent).
 
-        The accuracy counts the logits with the margin, so it understates how often the nearest speaker is the right
-        one.
+        The accuracy counts the logits with the margin: the nearest speaker is the right one more often.
         """
         cosine = F.linear(F.normalize(x), F.normalize(self.weight))
         target = cosine.gather(1, label.view(-1, 1))

@@ -36,8 +36,7 @@ class FbankAug(nn.Module):
 
     def __init__(self, freq_mask_width=(0, 8), time_mask_width=(0, 10)):
         super().__init__()
-        self.freq_mask_width = freq_mask_width
-        self.time_mask_width = time_mask_width
+        self.freq_mask_width, self.time_mask_width = freq_mask_width, time_mask_width
 
     def mask_along_axis(self, x, dim):
         """x: (B, bands, frames); dim: 1 masks bands, 2 frames. Returns a masked copy."""
@@ -185,8 +184,9 @@ class ECAPA_TDNN(nn.Module):
         """Attentive statistics with global context (paper, section 3.2): (B, 1536, T) -> float32 (B, 3072)."""
         values = x.float()
         if mask is None:
-            mean, mean_square = Moments.apply(values)  # (B, 1536) each
-            variance = (mean_square - mean * mean) * (x.shape[2] / (x.shape[2] - 1))
+            mean = mean_over_time(values).detach()
+            rest, mean_square = Moments.apply(values - mean.unsqueeze(2))  # (B, 1536) each
+            mean, variance = mean + rest, (mean_square - rest * rest) * (x.shape[2] / (x.shape[2] - 1))
         else:
             mean, count = mean_over_time(values, mask), mask.sum(dim=2)
             variance = mean_over_time((values - mean.unsqueeze(2)) ** 2, mask) * count / (count - 1)
@@ -247,8 +247,7 @@ def norm_of_all(x, weight, bias, eps=1e-5):
     (channels,), without gradients.
     """
     dims, shape = [dim for dim in range(x.ndim) if dim != 1], (1, -1, *[1] * (x.ndim - 2))
-    # Less a constant near their mean, which cancels out: the difference of large numbers would lose the digits of a
-    # small variance.
+    # Less a constant near their mean: the difference of large numbers would lose the digits of a small variance.
     centre = x.detach().float().mean(dims)
     centred = x.float() - centre.view(shape)
     own = torch.stack([centre, centred.mean(dims), centred.square().mean(dims)])

@@ -35,11 +35,11 @@ def score_pairs(embeddings, pairs):
     return scores
 
 
-def as_norm(scores, embeddings, pairs, cohort, top_n):
+def as_norm(scores, embeddings, pairs, cohort, top_n, moments=None):
     """Adaptive symmetric score normalisation (Matejka et al., Interspeech 2017, eq. 3 and 4), float32 (N,), of scores
-    (N,) of pairs (N, 2) of rows of embeddings (files, 2, 192); cohort, top_n: as cohort_moments has them.
+    (N,) of pairs (N, 2) of rows of embeddings (files, 2, 192); cohort, top_n: as in cohort_moments, `moments` if known.
     """
-    mean, std = cohort_moments(embeddings, cohort, top_n)
+    mean, std = cohort_moments(embeddings, cohort, top_n) if moments is None else moments
     return ((scores[:, None] - mean[pairs]) / std[pairs]).mean(axis=1)
 
 
@@ -100,9 +100,8 @@ def calibration_figures(ratios, labels):
 
 
 def tuneThresholdfromScore(scores, labels, target_fa, target_fr=None):
-    """Operating points on the ROC of verification scores.
+    """Operating points on the ROC of scores (N,) with labels (N,), 1 (same speaker) or 0; target_fa, target_fr: rates.
 
-    scores, labels: (N,) scores and 1 (same speaker) or 0; target_fa, target_fr: wanted rates, 0 to 1.
     Returns (thresholds, EER in percent, fpr, fnr): a [threshold, fpr, fnr] for each wanted rate (misses first), and
     the two rates along the ROC. The EER is the larger of the two rates where they are closest.
     """
@@ -280,12 +279,13 @@ def table(rows):
 
 def figures_table(results, trial_lists):
     """The figures of score_lists' results as the text of a table, a row a list."""
-    rows = []
+    named, rows = max(results, key=len), []
+    named = [(kind, name) for kind, (_, figures) in named.items() for name in figures]
     for trials, kinds in zip(trial_lists, results):
-        named = {f'{kind} {name}': f['value'] for kind, (_, figures) in kinds.items() for name, f in figures.items()}
-        cells = [f'{value:.2f}%' if name.endswith('EER') else f'{value:.4f}' for name, value in named.items()]
-        rows.append([trials.path, f'{len(trials.labels):,}', *cells])
-    return table([['list', 'trials', *(name.removeprefix('raw ') for name in named)], *rows])
+        values = [(name, kinds[kind][1][name]['value']) for kind, name in named if kind in kinds]
+        cells = [f'{value:.2f}%' if name == 'EER' else f'{value:.4f}' for name, value in values]
+        rows.append([trials.path, f'{len(trials.labels):,}', *cells, *['-'] * (len(named) - len(cells))])
+    return table([['list', 'trials', *(f'{kind} {name}'.removeprefix('raw ') for kind, name in named)], *rows])
 
 
 def available_cpus():
@@ -337,8 +337,7 @@ def summary(error):
 # What PyTorch's errors say where memory is too small, and what to do.
 MEMORY = {
     "out of memory|ALLOC_FAILED|can't allocate memory": 'Use a smaller --batch_size, or --accumulate.',
-    r'DataLoader worker \(pid': 'A loading process was killed, most likely as memory was short: use a smaller --n_cpu '
-    'or, in a container, more shared memory (docker run --shm-size 8g).',
+    r'DataLoader worker \(pid': 'Memory is short: use a smaller --n_cpu, or more shared memory (docker --shm-size 8g).',
 }
 
 

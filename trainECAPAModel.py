@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import datetime
+import functools
 import itertools
 import json
 import math
@@ -94,9 +95,9 @@ def make_parser():
     add('--cohort_utterances', type=number(int, 1), default=20, help='of each speaker in --train_list, for the cohort')
     add('--top_n', type=number(int, 2), default=400, help='closest cohort speakers that normalise a score')
     add('--subtract_mean', action='store_true', help="also scores minus the training speakers' mean")
-    add('--p_target', type=number(float, 1e-6, 1 - 1e-6), default=0.5, help='calibrated: prior of the same speaker')
-    add('--c_miss', type=number(float, 1e-6), default=1.0, help='calibrated: cost of rejecting the same speaker')
-    add('--c_fa', type=number(float, 1e-6), default=1.0, help='calibrated: cost of accepting another speaker')
+    add('--p_target', type=number(float, 1e-6, 1 - 1e-6), default=0.5, help='--verify: prior of the same speaker')
+    add('--c_miss', type=number(float, 1e-6), default=1.0, help='--verify: cost of rejecting the same speaker')
+    add('--c_fa', type=number(float, 1e-6), default=1.0, help='--verify: cost of accepting another speaker')
 
     add = parser.add_argument_group('command (without one of these: train)').add_argument
     add('--check', action='store_true', help='check everything that training needs, every file included, and stop')
@@ -135,7 +136,7 @@ def main(argv=None):
             raise BadInput(f'--{use} needs --initial_model, a checkpoint')
         join_processes(args)
         if use in (None, 'eval'):
-            found = provenance(args)
+            found = provenance(args.command)
             versions = ', '.join(map(' '.join, found['versions'].items()))
             say(f'command       {found["command"]}\ncommit        {found["commit"]}\nversions      {versions}')
         uses.get(use, train)(args)
@@ -339,8 +340,8 @@ def start(system, initial_weights, identity, args):
 
 def write_options(args):
     """Writes SAVE_PATH/options.txt: the options, to be read back with @, and where they were used."""
-    found = provenance(args)
-    lines = [f'# {name} {value}' for name, value in {**found.pop('versions'), **found}.items()]
+    found = provenance(args.command)
+    lines = [f'# {name} {value}' for name, value in {**found, **found['versions']}.items() if name != 'versions']
     for name, value in vars(args).items():
         values = value if isinstance(value, list) else [value]
         if value is True:
@@ -350,7 +351,8 @@ def write_options(args):
     tools.write_text(os.path.join(args.save_path, 'options.txt'), '\n'.join(lines) + '\n')
 
 
-def provenance(args):
+@functools.cache  # so that what is written at the end is what ran
+def provenance(command):
     """What the numbers come from: {'command', 'commit', 'versions': of Python and of the packages}."""
     house = os.path.dirname(os.path.abspath(__file__))
     git, commit = 'git --git-dir=.git --work-tree=. describe --always --dirty --abbrev=40 --exclude=*', 'unknown'
@@ -358,7 +360,7 @@ def provenance(args):
         commit = subprocess.run(git.split(), cwd=house, capture_output=True, text=True).stdout.strip() or commit
     packages = ('torch', 'torchaudio', 'numpy', 'scipy', 'scikit-learn', 'soundfile')
     versions = {'python': platform.python_version(), **{name: metadata.version(name) for name in packages}}
-    return {'command': args.command, 'commit': commit, 'versions': versions}
+    return {'command': command, 'commit': commit, 'versions': versions}
 
 
 def explain(error, loader, args):
@@ -424,9 +426,10 @@ def write_results(results, trial_lists, checkpoint, args):
         lists[trials.path] = {
             **{'trials': len(trials.labels), 'targets': int(trials.labels.sum())},
             **{kind: figures for kind, (_, figures) in kinds.items()},
-            **{'sha256': trials.digest, 'scores': path, 'checkpoint': checkpoint},
+            **{'sha256': trials.digest, 'scores': path, 'checkpoint': checkpoint, **provenance(args.command)},
         }
-    record = {'checkpoint': checkpoint, 'lists': lists, 'seed': args.seed, 'options': vars(args), **provenance(args)}
+    about = {'seed': args.seed, 'options': vars(args), **provenance(args.command)}
+    record = {'checkpoint': checkpoint, 'lists': lists, **about}
     tools.write_text(os.path.join(args.save_path, 'results.json'), json.dumps(record, indent=2) + '\n')
 
 
@@ -451,14 +454,14 @@ def embed(args):
 def verify(args):
     """Prints the score of two recordings, and the decision by a calibration or else the threshold at the EER."""
     system = load_model(args.initial_model, **vars(args))
-    files, top_n, subtract_mean = choose_normalisation(args)
-    cohort = system.cohort(files) if files else None
+    cohort_files, *normalisation = choose_normalisation(args)
+    calibration = system.calibration(cohort_files, *normalisation)
     embedded, pairs = system.embed_with_quality(args.verify, any_format=True), np.array([[0, 1]])
-    scores, measures = system.score_pairs(*embedded, pairs, cohort, top_n, subtract_mean)
+    cohort = cohort_files and system.cohort(cohort_files)
+    scores, measures = system.score_pairs(*embedded, pairs, cohort, *normalisation)
     decision = {True: 'the same speaker', False: 'different speakers'}
     for kind, (score,) in scores.items():
         say(f'{kind} score {score:.4f}'.removeprefix('raw '))
-    calibration = system.calibration(scores)
     if calibration:
         ratio = tools.log_likelihood_ratios(calibration, scores, measures, pairs)[0]
         bayes, at_rate = math.log(args.c_fa / args.c_miss) - logit(args.p_target), calibration['threshold']

@@ -18,7 +18,7 @@ from sklearn.preprocessing import StandardScaler
 import tools
 import trainECAPAModel
 from dataLoader import check_audio, read_trial_lists
-from ECAPAModel import load_model
+from ECAPAModel import cohort_digest, load_model
 from tools import BadInput
 
 FEWEST = 30  # trials of either kind, below which a fit says nothing
@@ -53,9 +53,8 @@ def calibrate(args):
     if min(targets, len(trials.labels) - targets) < FEWEST:
         raise BadInput(f'--eval_list: {trials.path}: {FEWEST} trials of either kind are the fewest that can be fitted')
     files, top_n, subtract_mean = trainECAPAModel.choose_normalisation(args)
-    cohort = system.cohort(files) if files else None
     embedded = map(trials.mean, system.embed_with_quality(paths))
-    scores, measures = system.score_pairs(*embedded, trials.pairs, cohort, top_n, subtract_mean)
+    scores, measures = system.score_pairs(*embedded, trials.pairs, files and system.cohort(files), top_n, subtract_mean)
     kind = args.kind or list(scores)[-1]
     if kind not in scores:
         raise BadInput(f'--kind {kind}: the options make {", ".join(scores)} (--score_norm, --subtract_mean)')
@@ -69,11 +68,10 @@ def calibrate(args):
     record = {
         **{'checkpoint': system.checkpoint, 'kind': kind, 'quality': args.quality},
         **{'weights': weights.tolist(), 'bias': float(bias), 'threshold': threshold},
-        'list': {'path': trials.path, 'sha256': trials.digest, 'trials': len(trials.labels), 'targets': targets},
-        **trainECAPAModel.provenance(args),
+        'cohort': cohort_digest(files, top_n) if kind != 'raw' or 'cohort' in args.quality else None,
+        'list': {'path': trials.path, 'fingerprint': trials.fingerprint(), 'trials': len(trials.labels)},
+        **trainECAPAModel.provenance(args.command),
     }
-    path = f'{args.initial_model}.calibration.json'
-    tools.write_text(path, json.dumps(record, indent=2) + '\n')
     figures = tools.operating_points(ratios, trials.labels) | tools.calibration_figures(ratios, trials.labels)
     print(f'fitted on {len(trials.labels):,} trials of {trials.path}, {targets:,} of the same speaker; {kind} scores')
     print(tools.table([list(figures), [f'{figure["value"]:.4f}' for figure in figures.values()]]))
@@ -81,6 +79,8 @@ def calibrate(args):
         print(
             f'note: at {args.false_acceptances:g}% only {allowed} false acceptances were there to find the threshold by'
         )
+    path = f'{args.initial_model}.calibration.json'
+    tools.write_text(path, json.dumps(record, indent=2) + '\n')
     print(f'written: {path}')
 
 

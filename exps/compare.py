@@ -44,18 +44,22 @@ def main(argv=None):
 
 def read_experiments(paths):
     """{experiment: (folder, lines of its score.txt, entries of its results.json by list)}, the published one last."""
-    experiments = {}
+    experiments = {'published': ('', read_scores(PUBLISHED), PUBLISHED_LISTS)}
     for path in paths:
         if not os.path.exists(path):
             raise BadInput(f'{path}: no such file')
-        folder = os.path.dirname(os.path.abspath(path))
-        lines, lists = read_scores(os.path.join(folder, 'score.txt')), read_results(folder)['lists']
-        if os.path.basename(path) not in ('score.txt', 'results.json') or not (lines or lists):
-            raise BadInput(f'{path}: neither a score.txt nor a results.json, or empty')
+        folder, results = os.path.dirname(os.path.abspath(path)), os.path.basename(path) == 'results.json'
+        lines, lists = read_scores(os.path.join(folder, 'score.txt') if results else path), {}
+        try:
+            lists = read_results(folder)['lists']
+        except BadInput as error:
+            print(f'note: {error}')
+        if not (lines or lists):
+            raise BadInput(f'{path}: is empty')
         name = os.path.basename(folder)
-        name = folder if experiments.get(name, (folder,))[0] != folder else name
+        name = path if experiments.get(name, (folder,))[0] != folder else name
         experiments[name] = folder, lines, lists
-    experiments['published'] = '', read_scores(PUBLISHED), PUBLISHED_LISTS
+    experiments['published'] = experiments.pop('published')
     return experiments
 
 
