@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import tools
-from dataLoader import EVAL_CROP, RATE, Strings, eval_crops, read_any, read_audio, read_trial_lists, read_utterance
+from dataLoader import EVAL_CROP, RATE, eval_crops, read_any, read_audio, read_trial_lists, read_utterance
 from loss import AAMsoftmax
 from model import ECAPA_TDNN, HOP
 from tools import BadInput, process_count, process_rank, say
@@ -282,7 +282,7 @@ class ECAPAModel(nn.Module):
         mine = range(process_rank(), len(paths), process_count())
         options = {'num_workers': min(self.n_cpu, len(mine)), 'pin_memory': self.on_gpu}
         read = functools.partial(read_utterance, read_any if any_format else read_audio)
-        files = DataLoader(Strings(paths[i] for i in mine), batch_size=None, collate_fn=read, **options)
+        files = DataLoader([paths[i] for i in mine], batch_size=None, collate_fn=read, **options)
         bar = {'total': len(mine), 'unit': 'file', 'disable': process_rank() > 0 or None, 'leave': False}
         files = tqdm(tools.fetch(files), 'evaluating', **bar)
         embeddings = torch.zeros(len(paths), 2, 192, device=self.device)

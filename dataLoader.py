@@ -502,6 +502,14 @@ def read_trial_lists(lists, folders, enrol_list=''):
     return list(places), trials
 
 
+def choose_normalisation(score_norm, top_n, subtract_mean, train_list, train_path, cohort_utterances, seed, **kwargs):
+    """(choose_cohort or None, top_n or None, subtract_mean) of the command's options, as score_lists takes them."""
+    top_n, files = top_n if score_norm == 'asnorm' else None, None
+    if top_n or subtract_mean:
+        files = choose_cohort(train_list, train_path, cohort_utterances, seed)
+    return files, top_n, subtract_mean
+
+
 def choose_cohort(train_list, train_path, per_speaker, seed):
     """For each speaker of a training list the paths of up to per_speaker utterances, drawn at random."""
     require(os.path.isdir, train_path, '--train_path')

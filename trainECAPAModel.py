@@ -213,7 +213,7 @@ def evaluate(args):
         eval_files, trial_lists = dataLoader.read_trial_lists(args.eval_list, args.eval_path, args.enrol_list)
         if process_rank() == 0:
             dataLoader.check_audio(eval_files, '--eval_list')
-        normalisation = choose_normalisation(args)
+        normalisation = dataLoader.choose_normalisation(**vars(args))
     os.makedirs(os.path.join(args.save_path, 'scores'), exist_ok=True)
     results = system.score_lists(eval_files, trial_lists, *normalisation)
     say(f'{args.initial_model}\n{tools.figures_table(results, trial_lists)}')
@@ -340,7 +340,7 @@ def start(system, initial_weights, identity, args):
 
 def write_options(args):
     """Writes SAVE_PATH/options.txt: the options, to be read back with @, and where they were used."""
-    found = provenance(args.command)
+    path, found = os.path.join(args.save_path, 'options.txt'), provenance(args.command)
     lines = [f'# {name} {value}' for name, value in {**found, **found['versions']}.items() if name != 'versions']
     for name, value in vars(args).items():
         values = value if isinstance(value, list) else [value]
@@ -348,7 +348,7 @@ def write_options(args):
             lines.append(f'--{name}')
         elif value is not None and value is not False and name not in ('score_save_path', 'model_save_path', 'command'):
             lines.append(f'--{name} {shlex.join(map(str, values))}')
-    tools.write_text(os.path.join(args.save_path, 'options.txt'), '\n'.join(lines) + '\n')
+    tools.write_text(path, '\n'.join(lines) + '\n')
 
 
 @functools.cache  # so that what is written at the end is what ran
@@ -379,14 +379,6 @@ def explain(error, loader, args):
 
 
 # Machinery of evaluation, and the other uses of a model.
-
-
-def choose_normalisation(args):
-    """(Files of the cohort, top_n, whether to subtract the mean) of the options, as score_lists takes them."""
-    files, top_n = None, args.top_n if args.score_norm == 'asnorm' else None
-    if top_n or args.subtract_mean:
-        files = dataLoader.choose_cohort(args.train_list, args.train_path, args.cohort_utterances, args.seed)
-    return files, top_n, args.subtract_mean
 
 
 def read_results(folder):
@@ -454,7 +446,7 @@ def embed(args):
 def verify(args):
     """Prints the score of two recordings, and the decision by a calibration or else the threshold at the EER."""
     system = load_model(args.initial_model, **vars(args))
-    cohort_files, *normalisation = choose_normalisation(args)
+    cohort_files, *normalisation = dataLoader.choose_normalisation(**vars(args))
     calibration = system.calibration(cohort_files, *normalisation)
     embedded, pairs = system.embed_with_quality(args.verify, any_format=True), np.array([[0, 1]])
     cohort = cohort_files and system.cohort(cohort_files)

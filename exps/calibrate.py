@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 
 import tools
 import trainECAPAModel
-from dataLoader import check_audio, read_trial_lists
+from dataLoader import check_audio, choose_normalisation, read_trial_lists
 from ECAPAModel import cohort_digest, load_model
 from tools import BadInput
 
@@ -52,7 +52,7 @@ def calibrate(args):
     targets = int(trials.labels.sum())
     if min(targets, len(trials.labels) - targets) < FEWEST:
         raise BadInput(f'--eval_list: {trials.path}: {FEWEST} trials of either kind are the fewest that can be fitted')
-    files, top_n, subtract_mean = trainECAPAModel.choose_normalisation(args)
+    files, top_n, subtract_mean = choose_normalisation(**vars(args))
     embedded = map(trials.mean, system.embed_with_quality(paths))
     scores, measures = system.score_pairs(*embedded, trials.pairs, files and system.cohort(files), top_n, subtract_mean)
     kind = args.kind or list(scores)[-1]
