@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchaudio
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
+from torch.distributed._functional_collectives import all_reduce
 
 HOP = 160  # samples, 10 ms
 
@@ -254,7 +254,7 @@ def norm_of_all(x, weight, bias, eps=1e-5):
     places = torch.zeros(dist.get_world_size(), *own.shape, device=x.device)
     places[dist.get_rank()] = own
     # A sum in which each process has a place of its own hands everything to everyone, and so does its gradient.
-    centres, means, squares = all_reduce(places).unbind(dim=1)
+    centres, means, squares = all_reduce(places, 'sum', dist.group.WORLD).unbind(dim=1)
     # Counted from the first one's centre, so that all processes round alike.
     means, squares = centres - centres[0] + means, squares - means.square()
     mean = means.mean(dim=0)

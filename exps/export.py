@@ -95,7 +95,7 @@ def to_onnx(system):
     """An ONNX file's bytes for the encoder of a system in evaluation mode."""
     file, axes = io.BytesIO(), {'waveform': {0: 'batch', 1: 'samples'}, 'embedding': {0: 'batch'}}
     with warnings.catch_warnings(), torch.no_grad():
-        # The newer exporter needs one more package; the release of PyTorch is fixed.
+        # The exporter that PyTorch calls deprecated, and still has: the newer one needs one more package.
         warnings.simplefilter('ignore')
         torch.onnx.export(
             FromWaveform(system.speaker_encoder).eval(),

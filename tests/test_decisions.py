@@ -352,6 +352,14 @@ def test_a_run_says_what_it_was(tree, capsys):
 # ONNX.
 
 
+def test_this_pytorch_still_exports():
+    """By the exporter that exps.export uses, which PyTorch calls deprecated. Where this fails, it is gone."""
+    onnx = pytest.importorskip('onnx')
+    graph = onnx.load_from_string(export.to_onnx(portable_system(8).eval()))
+    onnx.checker.check_model(graph, full_check=True)
+    assert [opset.version for opset in graph.opset_import] == [export.OPSET]
+
+
 def test_the_ten_lines_of_the_readme_verify_with_onnxruntime(tmp_path, monkeypatch, capsys):
     pytest.importorskip('onnxruntime')
     system = portable_system(16)

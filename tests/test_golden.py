@@ -43,8 +43,8 @@ def assert_log_mels(encoder, waves, *candidates, every=1):
     roots = energies.sqrt()
     log_means = energies.log().mean(dim=2, keepdim=True)
 
-    # The root mean square of a spectrum's bins is the norm of its frame, which pre-emphasis at most doubles. Each of the
-    # 9 stages of an FFT of 512 points rounds once, and independent errors add as their squares.
+    # The root mean square of a spectrum's bins is the norm of its frame, which pre-emphasis at most doubles.
+    # Each of the 9 stages of an FFT of 512 points rounds once, and independent errors add as their squares.
     frames = torch.nn.functional.pad(waves.double(), (256, 256), 'reflect').unfold(1, 512, 160)
     bin_errors = 9**0.5 * ROUNDING * 2 * frames.norm(dim=2)  # (B, T)
     band_weights = exact[1].mel_scale.fb.sum(dim=0)  # (80,)
@@ -55,7 +55,6 @@ def assert_log_mels(encoder, waves, *candidates, every=1):
     for candidate in candidates:
         candidate_roots = ((torch.as_tensor(candidate).double() + log_means) / 2).exp()
         used = ((candidate_roots - roots[:, :, ::every]).abs() / bounds[:, :, ::every]).max()
-        print(f'{used:.3f} of the bound')
         assert used < 1, f'{used:.2f} times what rounding explains'
 
 

@@ -15,6 +15,7 @@ from conftest import command_line, norm_errors, weights
 import trainECAPAModel
 from dataLoader import make_batches, train_loader
 from ECAPAModel import ECAPAModel
+from model import norm_of_all
 from tools import BadInput, process_count, process_rank, read_scores, sum_over_processes
 from trainECAPAModel import join_processes
 
@@ -33,7 +34,9 @@ def torchrun(script, *arguments, restarts=0, cwd):
 def in_two_processes(options, folder):
     """What each process saves in `folder`; runs under torchrun, at the end of this file."""
     torch.distributed.init_process_group('gloo')
-    torch.save({**part_of_training(options), 'norm_errors': norm_errors()}, f'{folder}/{process_rank()}.pt')
+    compiled = torch.compile(norm_of_all, backend='aot_eager', fullgraph=True)
+    errors = {'norm_errors': norm_errors(), 'compiled_norm_errors': norm_errors(norm_of_all=compiled)}
+    torch.save({**part_of_training(options), **errors}, f'{folder}/{process_rank()}.pt')
     torch.distributed.destroy_process_group()
 
 
@@ -78,6 +81,7 @@ def test_two_processes_share_an_epoch_and_agree(tree, tmp_path):
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f'{rank}.pt') for rank in (0, 1))
     assert max(first['norm_errors'] + second['norm_errors']) < 1e-5
+    assert max(first['compiled_norm_errors'] + second['compiled_norm_errors']) < 1e-5
     alone = part_of_training(tree)
     assert len(alone['indices']) == 2
     assert [a + b for a, b in zip(first['indices'], second['indices'])] == alone['indices']
