@@ -17,22 +17,28 @@ class AAMsoftmax(nn.Module):
 
     def __init__(self, n_class, m, s):
         super().__init__()
-        self.m, self.s = m, s
+        self.m = m
+        self.s = s
         self.weight = nn.Parameter(torch.empty(n_class, 192))
         nn.init.xavier_normal_(self.weight, gain=1)
 
     def forward(self, x, label):
         """x: (B, 192) embeddings; label: (B,) speakers. Returns (loss, top-1 accuracy in percent).
 
-        The accuracy counts the logits with the margin: the nearest speaker is the right one more often.
+        The accuracy counts the logits with the margin: the nearest speaker is the right one more
+        often.
         """
-        cosine = F.linear(F.normalize(x), F.normalize(self.weight))
-        target = cosine.gather(1, label.view(-1, 1))
-        # Where |cos| reaches 1 the root's slope is infinite, and the chain rule would make a NaN of it.
+        cosine = F.linear(F.normalize(x), F.normalize(self.weight))  # (B, n_class)
+        target = cosine.gather(1, label.view(-1, 1))  # (B, 1)
+
+        # Where |cos| reaches 1 the root's slope is infinite, and the chain rule would make a NaN
+        # of it.
         sine = (1 - target * target).clamp(min=torch.finfo(target.dtype).eps).sqrt()
         with_margin = target * math.cos(self.m) - sine * math.sin(self.m)
+
         # Past θ = π − m the cosine of θ + m would rise again; a line goes on falling.
         line = target - math.sin(math.pi - self.m) * self.m
         with_margin = torch.where(target > math.cos(math.pi - self.m), with_margin, line)
+
         logits = cosine.scatter(1, label.view(-1, 1), with_margin) * self.s
         return F.cross_entropy(logits, label), accuracy(logits.detach(), label)[0]

@@ -1,7 +1,8 @@
 """The network: waveform -> log-mel spectrogram -> ECAPA-TDNN -> embedding of 192 numbers.
 
-Desplanques, Thienpondt and Demuynck, ECAPA-TDNN, Interspeech 2020, arXiv 2005.07143. Module names and shapes are those
-of the published checkpoint. In the comments B is the batch, T the frames, C the channels.
+Desplanques, Thienpondt and Demuynck, ECAPA-TDNN, Interspeech 2020, arXiv 2005.07143. Module names
+and shapes are those of the published checkpoint. In the comments B is the batch, T the frames, C
+the channels.
 """
 
 import torch
@@ -15,7 +16,7 @@ HOP = 160  # samples, 10 ms
 
 
 class PreEmphasis(nn.Module):
-    """y[t] = x[t] - coef * x[t - 1] on (B, samples), the sample before the first being a reflection."""
+    """y[t] = x[t] - coef * x[t - 1] on (B, samples); before the first sample is a reflection."""
 
     def __init__(self, coef=0.97):
         super().__init__()
@@ -29,36 +30,41 @@ class PreEmphasis(nn.Module):
 
 
 class FbankAug(nn.Module):
-    """SpecAugment without time warping (Park et al., Interspeech 2019): one mask an axis and utterance, filled with 0.
+    """SpecAugment (Park et al., Interspeech 2019): of each utterance one stretch an axis becomes 0.
 
-    Widths are drawn from [first, second) of the two ranges, in frames and in mel bands.
+    There is no time warping. Widths are drawn from [first, second) of the two ranges, in mel bands
+    and in frames.
     """
 
     def __init__(self, freq_mask_width=(0, 8), time_mask_width=(0, 10)):
         super().__init__()
-        self.freq_mask_width, self.time_mask_width = freq_mask_width, time_mask_width
+        self.freq_mask_width = freq_mask_width
+        self.time_mask_width = time_mask_width
 
     def mask_along_axis(self, x, dim):
         """x: (B, bands, frames); dim: 1 masks bands, 2 frames. Returns a masked copy."""
         size = x.shape[dim]
         narrowest, widest = self.freq_mask_width if dim == 1 else self.time_mask_width
         width = torch.randint(narrowest, widest, (len(x), 1), device=x.device)
+
         # Scaling a uniform number keeps the bound on the device, where randint would wait for it.
         starts = (size - width.max()).clamp(min=1)
         start = (torch.rand(len(x), 1, device=x.device) * starts).long()
+
         position = torch.arange(size, device=x.device)
         mask = (start <= position) & (position < start + width)
         return x.masked_fill(mask.unsqueeze(3 - dim), 0.0)
 
     def forward(self, x):
-        return self.mask_along_axis(self.mask_along_axis(x, dim=2), dim=1)
+        x = self.mask_along_axis(x, dim=2)
+        return self.mask_along_axis(x, dim=1)
 
 
 class Bottle2neck(nn.Module):
     """SE-Res2 block (paper, section 3.1): (B, inplanes, T) -> (B, planes, T), added to its input.
 
-    The channels are cut into `scale` groups: all but the last go through a chain of dilated convolutions, each fed its
-    own group plus the output of the one before.
+    The channels are cut into `scale` groups: all but the last go through a chain of dilated
+    convolutions, each fed its own group plus the output of the one before.
     """
 
     def __init__(self, inplanes, planes, kernel_size=None, dilation=None, scale=8):
@@ -68,7 +74,8 @@ class Bottle2neck(nn.Module):
         self.conv1 = nn.Conv1d(inplanes, width * scale, kernel_size=1)
         self.bn1 = BatchNorm(width * scale)
         self.convs = nn.ModuleList(
-            nn.Conv1d(width, width, kernel_size, dilation=dilation, padding=padding) for _ in range(scale - 1)
+            nn.Conv1d(width, width, kernel_size, dilation=dilation, padding=padding)
+            for _ in range(scale - 1)
         )
         self.bns = nn.ModuleList(BatchNorm(width) for _ in range(scale - 1))
         self.conv3 = nn.Conv1d(width * scale, planes, kernel_size=1)
@@ -79,26 +86,30 @@ class Bottle2neck(nn.Module):
 
     def forward(self, x, mask=None):
         """mask: (B, 1, T), 1 in the frames of an utterance and 0 in its padding."""
-        groups = self.bn1(self.relu(self.conv1(x))).split(self.width, dim=1)  # scale x (B, planes / scale, T)
+        reduced = self.bn1(self.relu(self.conv1(x)))  # (B, planes, T)
+        groups = reduced.split(self.width, dim=1)  # scale x (B, planes / scale, T)
+
         outputs = []
         for group, conv, bn in zip(groups, self.convs, self.bns):
-            # A copy of the first group: a convolution keeps its input for the backward pass, and of a view the whole.
+            # A copy of the first group: for the backward pass a convolution keeps its input, and of
+            # a view the whole tensor.
             chained = group + outputs[-1] if outputs else group.contiguous()
             if mask is not None:
                 chained = chained * mask
             outputs.append(bn(self.relu(conv(chained))))  # (B, planes / scale, T)
+
         residual = torch.cat([*outputs, groups[-1]], dim=1)  # (B, planes, T)
         residual = self.bn3(self.relu(self.conv3(residual)))  # (B, planes, T)
         return torch.addcmul(x, residual, self.se.gate(residual, mask))
 
 
 class SEModule(nn.Module):
-    """Squeeze-excitation: scales each channel of (B, channels, T) by a gate computed from all channels' means."""
+    """Squeeze-excitation: scales channels of (B, channels, T) by gates made of all their means."""
 
     def __init__(self, channels, bottleneck=128):
         super().__init__()
         self.se = nn.Sequential(
-            nn.Identity(),  # the published code's pooling, here mean_over_time; it keeps the indices of the names
+            nn.Identity(),  # in place of the published pooling: the layers keep their numbers
             nn.Conv1d(channels, bottleneck, kernel_size=1),
             nn.ReLU(),
             nn.Conv1d(bottleneck, channels, kernel_size=1),
@@ -110,7 +121,8 @@ class SEModule(nn.Module):
 
     def gate(self, input, mask=None):
         """The factors (B, channels, 1) of forward."""
-        return self.se(mean_over_time(input, mask).unsqueeze(2))
+        means = mean_over_time(input, mask)  # (B, channels)
+        return self.se(means.unsqueeze(2))
 
 
 class ECAPA_TDNN(nn.Module):
@@ -119,8 +131,15 @@ class ECAPA_TDNN(nn.Module):
     def __init__(self, C):
         super().__init__()
         mel = torchaudio.transforms.MelSpectrogram(
-            n_fft=512, win_length=400, hop_length=HOP, f_min=20, f_max=7600, n_mels=80, window_fn=torch.hamming_window
-        )  # of 16 kHz audio
+            sample_rate=16000,
+            n_fft=512,
+            win_length=400,
+            hop_length=HOP,
+            f_min=20,
+            f_max=7600,
+            n_mels=80,
+            window_fn=torch.hamming_window,
+        )
         self.torchfbank = nn.Sequential(PreEmphasis(), mel)
         self.specaug = FbankAug()
         self.conv1 = nn.Conv1d(80, C, kernel_size=5, stride=1, padding=2)
@@ -150,8 +169,9 @@ class ECAPA_TDNN(nn.Module):
 
     @torch.no_grad()
     def features(self, x, aug=False):
-        """Log-mel spectrogram (B, 80, 1 + samples // 160) of (B, samples), each band's mean over time removed; masked
-        at random if aug.
+        """Log-mel spectrogram (B, 80, 1 + samples // 160) of (B, samples), masked at random if aug.
+
+        Each band's mean over time is taken off.
         """
         x = (self.torchfbank(x) + 1e-6).log()  # (B, 80, T)
         x = x - x.mean(dim=-1, keepdim=True)
@@ -160,13 +180,15 @@ class ECAPA_TDNN(nn.Module):
     def encode(self, x, frames=None):
         """Embeddings (B, 192) of features (B, 80, T).
 
-        frames: (B,) lengths of utterances that are padded with zeros to T frames. Padding is kept out of every mean and
-        zeroed again before every convolution that looks at neighbours, so each embedding is that of the utterance alone
-        (in evaluation mode).
+        frames: (B,) lengths of utterances that are padded with zeros to T frames. Padding is kept
+        out of every mean and zeroed again before every convolution that looks at neighbours, so
+        each embedding is that of the utterance alone (in evaluation mode).
         """
         mask = None
         if frames is not None:
-            mask = (torch.arange(x.shape[2], device=x.device) < frames.view(-1, 1, 1)).to(x.dtype)  # (B, 1, T)
+            position = torch.arange(x.shape[2], device=x.device)
+            mask = (position < frames.view(-1, 1, 1)).to(x.dtype)  # (B, 1, T)
+
         x = self.bn1(self.relu(self.conv1(x)))  # (B, C, T)
         x1 = self.layer1(x, mask)  # (B, C, T)
         x = x + x1
@@ -175,55 +197,75 @@ class ECAPA_TDNN(nn.Module):
         x3 = self.layer3(x, mask)  # (B, C, T)
         x = torch.cat((x1, x2, x3), dim=1)  # (B, 3 C, T)
         del x1, x2, x3  # a quarter of the activations, which nothing needs from here on
+
         x = self.relu(self.layer4(x))  # (B, 1536, T)
         x = self.pool(x, mask)  # (B, 3072)
         with torch.autocast(x.device.type, enabled=False):
             return self.bn6(self.fc6(self.bn5(x)))  # (B, 192)
 
     def pool(self, x, mask=None):
-        """Attentive statistics with global context (paper, section 3.2): (B, 1536, T) -> float32 (B, 3072)."""
+        """Attentive statistics with global context (paper, section 3.2).
+
+        x: (B, 1536, T). Returns the weighted means and standard deviations, float32 (B, 3072).
+        """
         values = x.float()
+        centre = mean_over_time(values, mask)  # (B, 1536)
         if mask is None:
-            mean = mean_over_time(values).detach()
-            rest, mean_square = Moments.apply(values - mean.unsqueeze(2))  # (B, 1536) each
-            mean, variance = mean + rest, (mean_square - rest * rest) * (x.shape[2] / (x.shape[2] - 1))
+            centre = centre.detach()
+            rest, mean_square = Moments.apply(values - centre.unsqueeze(2))  # (B, 1536) each
+            mean = centre + rest
+            variance = (mean_square - rest * rest) * (x.shape[2] / (x.shape[2] - 1))
         else:
-            mean, count = mean_over_time(values, mask), mask.sum(dim=2)
-            variance = mean_over_time((values - mean.unsqueeze(2)) ** 2, mask) * count / (count - 1)
-        # The 1x1 convolution over [x, mean, std] as one over x plus one vector an utterance, as mean and std are the
-        # same in every frame.
+            mean = centre
+            count = mask.sum(dim=2)
+            square = (values - mean.unsqueeze(2)) ** 2
+            variance = mean_over_time(square, mask) * count / (count - 1)
+
+        # The 1x1 convolution over [x, mean, std] as one over x plus one vector an utterance, as
+        # mean and std are the same in every frame.
         first = self.attention[0]
         context = torch.cat((mean, variance.clamp(min=1e-4).sqrt()), dim=1)  # (B, 3072)
         context = F.linear(context, first.weight[:, 1536:, 0], first.bias)  # (B, 256)
+
         logits = F.conv1d(x, first.weight[:, :1536]) + context.unsqueeze(2)  # (B, 256, T)
         for layer in self.attention[1:]:
             logits = layer(logits)  # (B, 1536, T) after the last
         logits = logits.float()
         if mask is not None:
             logits = logits.masked_fill(mask == 0, -torch.inf)
-        mean, mean_square = Moments.apply(values, logits)  # (B, 1536) each
-        return torch.cat((mean, (mean_square - mean * mean).clamp(min=1e-4).sqrt()), dim=1)
+
+        weighted_mean, weighted_square = Moments.apply(values, logits)  # (B, 1536) each
+        weighted_variance = weighted_square - weighted_mean * weighted_mean
+        return torch.cat((weighted_mean, weighted_variance.clamp(min=1e-4).sqrt()), dim=1)
 
 
 # Machinery: means with gradients of their own, and the batch norm of several processes.
 
 
 def mean_over_time(x, mask=None):
-    """Means (B, channels) of x (B, channels, T), over the frames where mask (B, 1, T) is 1 if there is one."""
+    """Means (B, channels) of x (B, channels, T), over the frames where mask (B, 1, T) is 1."""
+    if mask is not None:
+        return (x * mask).sum(dim=2) / mask.sum(dim=2)
     # Tensor.mean would write out a gradient of x's size whose columns are all the same.
-    return x.sum(dim=2) / x.shape[2] if mask is None else (x * mask).sum(dim=2) / mask.sum(dim=2)
+    return x.sum(dim=2) / x.shape[2]
 
 
 class Moments(torch.autograd.Function):
-    """Means (B, channels) over time of x (B, channels, T) and of its square, weighted by the softmax of logits (of its
-    shape) if there are any. Its own backward keeps and reads fewer tensors of x's size than autograd's.
+    """Means (B, channels) over time of x (B, channels, T) and of its square.
+
+    They are weighted by the softmax of logits, of x's shape, if there are any. The backward pass
+    keeps and reads fewer tensors of x's size than autograd's would.
     """
 
     @staticmethod
     def forward(ctx, x, logits=None):
-        weights = x.new_ones(()) / x.shape[2] if logits is None else logits.softmax(dim=2)
+        if logits is None:
+            weights = x.new_ones(()) / x.shape[2]
+        else:
+            weights = logits.softmax(dim=2)
         product = weights * x
-        mean, mean_square = product.sum(dim=2), product.mul_(x).sum(dim=2)
+        mean = product.sum(dim=2)
+        mean_square = product.mul_(x).sum(dim=2)
         ctx.save_for_backward(x, weights, mean, mean_square)
         return mean, mean_square
 
@@ -231,48 +273,65 @@ class Moments(torch.autograd.Function):
     def backward(ctx, grad_mean, grad_square):
         x, weights, mean, mean_square = ctx.saved_tensors
         level = (grad_mean * mean + grad_square * mean_square).unsqueeze(2)
-        grad_mean, grad_square = grad_mean.unsqueeze(2), grad_square.unsqueeze(2)
+        grad_mean = grad_mean.unsqueeze(2)
+        grad_square = grad_square.unsqueeze(2)
         if len(ctx.needs_input_grad) == 1:
             return torch.addcmul(grad_mean * weights, x, 2 * grad_square * weights)
-        # The gradient of a weight is x * slope; that of its logit is weight * (x * slope - the weighted mean of these).
+
+        # A weight's gradient is x * slope; that of its logit is the weight times what x * slope is
+        # above its weighted mean.
         slope = torch.addcmul(grad_mean, x, grad_square)
-        return torch.addcmul(slope, x, grad_square).mul_(weights), slope.mul_(x).sub_(level).mul_(weights)
+        grad_x = torch.addcmul(slope, x, grad_square).mul_(weights)
+        grad_logits = slope.mul_(x).sub_(level).mul_(weights)
+        return grad_x, grad_logits
 
 
 def norm_of_all(x, weight, bias, eps=1e-5):
-    """Batch norm (Ioffe and Szegedy, ICML 2015) of x (B, channels[, T]) with the statistics of all processes that train
-    together, which must have as many utterances each.
+    """Batch norm (Ioffe and Szegedy, ICML 2015) with the statistics of all processes that train.
 
-    weight, bias: (channels,); eps: added to the variance. Returns (x normalised, mean, biased variance), the last two
-    (channels,), without gradients.
+    x: (B, channels[, T]), of each process as many utterances; weight, bias: (channels,); eps: added
+    to the variance. Returns (x normalised, mean, biased variance), the last two (channels,),
+    without gradients.
     """
-    dims, shape = [dim for dim in range(x.ndim) if dim != 1], (1, -1, *[1] * (x.ndim - 2))
-    # Less a constant near their mean: the difference of large numbers would lose the digits of a small variance.
+    dims = [dim for dim in range(x.ndim) if dim != 1]
+    shape = (1, -1, *[1] * (x.ndim - 2))
+
+    # Less a constant near their mean: the difference of large numbers would lose the digits of a
+    # small variance.
     centre = x.detach().float().mean(dims)
     centred = x.float() - centre.view(shape)
     own = torch.stack([centre, centred.mean(dims), centred.square().mean(dims)])
+
+    # A sum in which each process has a place of its own hands everything to everyone, and so does
+    # its gradient.
     places = torch.zeros(dist.get_world_size(), *own.shape, device=x.device)
     places[dist.get_rank()] = own
-    # A sum in which each process has a place of its own hands everything to everyone, and so does its gradient.
     centres, means, squares = all_reduce(places, 'sum', dist.group.WORLD).unbind(dim=1)
+
+    variances = squares - means.square()
     # Counted from the first one's centre, so that all processes round alike.
-    means, squares = centres - centres[0] + means, squares - means.square()
+    means = centres - centres[0] + means
     mean = means.mean(dim=0)
-    variance = squares.mean(dim=0) + (means - mean).square().mean(dim=0)
+    variance = variances.mean(dim=0) + (means - mean).square().mean(dim=0)
+
+    shift = mean + (centres[0] - centre)
     scale = (variance + eps).rsqrt() * weight
-    normalised = (centred - (mean + (centres[0] - centre)).view(shape)) * scale.view(shape) + bias.view(shape)
+    normalised = (centred - shift.view(shape)) * scale.view(shape) + bias.view(shape)
     return normalised.to(x.dtype), (centres[0] + mean).detach(), variance.detach()
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """nn.BatchNorm1d that uses, where processes train together on equal parts of a batch, the statistics of all of it.
+    """nn.BatchNorm1d with the statistics of all processes, where several train together.
+
     PyTorch's SyncBatchNorm has the host wait for the GPU in every layer, and needs a GPU.
     """
 
     def forward(self, input):
         """input: (B, channels[, T]), normalised; in training, updates the running statistics."""
-        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+        together = dist.is_initialized() and dist.get_world_size() > 1
+        if not self.training or not together:
             return super().forward(input)
+
         normalised, mean, variance = norm_of_all(input, self.weight, self.bias, self.eps)
         count = input.numel() // input.shape[1] * dist.get_world_size()
         self.num_batches_tracked.add_(1)
