@@ -1,7 +1,8 @@
 """Plain implementations: the obvious way to compute what the six modules compute.
 
-The tests use them as oracles and the benchmark as what to be faster than, so nothing here shares code with the modules
-and nothing here is made fast. Audio is 16 kHz mono; embeddings have 192 dimensions.
+The tests use them as oracles and the benchmark as what to be faster than. So nothing here shares
+code with the modules, and nothing here is made fast. Audio is 16 kHz mono; embeddings have 192
+dimensions.
 """
 
 import glob
@@ -28,9 +29,12 @@ def plain_read_train_list(train_list, train_path):
     """Lists of every utterance's path (str) and label (int), from lines `speaker path`."""
     with open(train_list) as file:
         lines = file.read().splitlines()
+
     speakers = sorted({line.split()[0] for line in lines})
     index = {speaker: number for number, speaker in enumerate(speakers)}
-    paths, labels = [], []
+
+    paths = []
+    labels = []
     for line in lines:
         speaker, name = line.split()
         paths.append(os.path.join(train_path, name))
@@ -39,39 +43,46 @@ def plain_read_train_list(train_list, train_path):
 
 
 def plain_crop(path, length):
-    """A file read whole, wrapped to `length` samples if shorter, cut at a random start: float64 (length,)."""
+    """A random crop of `length` samples from a file that is read whole: float64 (length,).
+
+    A shorter file is wrapped to `length` samples.
+    """
     audio, _ = soundfile.read(path)
     if len(audio) < length:
         audio = np.pad(audio, (0, length - len(audio)), 'wrap')
+
     start = random.randint(0, len(audio) - length)
     return audio[start : start + length]
 
 
 def plain_reverberate(audio, rir):
-    """audio (samples,) in the room of an impulse response (taps,), which is scaled to unit energy."""
+    """audio (samples,) in the room of an impulse response (taps,), scaled to unit energy."""
     rir = rir / np.sqrt(np.sum(rir**2))
     return convolve(audio, rir, mode='full')[: len(audio)]
 
 
 def plain_mix(audio, noise, snr):
-    """audio (samples,) and, snr dB below it, noise (samples,): returns the noise as scaled, not the sum."""
+    """noise (samples,), scaled to be `snr` dB below audio (samples,): the noise, not the sum."""
     audio_db = 10 * np.log10(np.mean(audio**2) + 1e-4)
     noise_db = 10 * np.log10(np.mean(noise**2) + 1e-4)
     return np.sqrt(10 ** ((audio_db - noise_db - snr) / 10)) * noise
 
 
 class PlainDataset(torch.utils.data.Dataset):
-    """Random augmented crops of training utterances: (FloatTensor (num_frames * 160 + 240,), int label).
+    """Random augmented crops of training utterances.
 
-    musan_path holds MUSAN whole or in pieces: its files are read whole either way.
+    An item is (FloatTensor (num_frames * 160 + 240,), int label). musan_path holds MUSAN whole or
+    in pieces: its files are read whole either way.
     """
 
     def __init__(self, train_list, train_path, musan_path, rir_path, num_frames):
         self.length = num_frames * 160 + 240
         self.paths, self.labels = plain_read_train_list(train_list, train_path)
-        self.noises = {
-            category: glob.glob(os.path.join(musan_path, category, '**', '*.wav'), recursive=True) for category in SNR
-        }
+
+        self.noises = {}
+        for category in SNR:
+            pattern = os.path.join(musan_path, category, '**', '*.wav')
+            self.noises[category] = glob.glob(pattern, recursive=True)
         self.rirs = glob.glob(os.path.join(rir_path, '**', '*.wav'), recursive=True)
 
     def __len__(self):
@@ -79,6 +90,7 @@ class PlainDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         audio = plain_crop(self.paths[index], self.length)
+
         kind = random.randint(0, 5)
         if kind == 1:
             audio = self.add_rev(audio)
@@ -91,6 +103,7 @@ class PlainDataset(torch.utils.data.Dataset):
         elif kind == 5:
             audio = self.add_noise(audio, 'speech')
             audio = self.add_noise(audio, 'music')
+
         return torch.FloatTensor(audio), self.labels[index]
 
     def add_rev(self, audio):
@@ -99,10 +112,15 @@ class PlainDataset(torch.utils.data.Dataset):
         return plain_reverberate(audio, rir)
 
     def add_noise(self, audio, category):
-        """audio (samples,) plus clips of a category, each with a signal-to-noise ratio of its own."""
+        """audio (samples,) plus clips of a category, each at a signal-to-noise ratio of its own."""
+        count = random.randint(*CLIPS[category])
+        paths = random.choices(self.noises[category], k=count)
+
         noises = []
-        for path in random.choices(self.noises[category], k=random.randint(*CLIPS[category])):
-            noises.append(plain_mix(audio, plain_crop(path, len(audio)), random.uniform(*SNR[category])))
+        for path in paths:
+            noise = plain_crop(path, len(audio))
+            snr = random.uniform(*SNR[category])
+            noises.append(plain_mix(audio, noise, snr))
         return np.sum([audio, *noises], axis=0)
 
 
@@ -114,7 +132,8 @@ class PlainPreEmphasis(nn.Module):
         self.register_buffer('flipped_filter', torch.FloatTensor([[[-0.97, 1.0]]]))
 
     def forward(self, x):
-        return F.conv1d(F.pad(x[:, None], (1, 0), mode='reflect'), self.flipped_filter)[:, 0]
+        padded = F.pad(x[:, None], (1, 0), mode='reflect')
+        return F.conv1d(padded, self.flipped_filter)[:, 0]
 
 
 class PlainSE(nn.Module):
@@ -123,7 +142,11 @@ class PlainSE(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.se = nn.Sequential(
-            nn.AdaptiveAvgPool1d(1), nn.Conv1d(channels, 128, 1), nn.ReLU(), nn.Conv1d(128, channels, 1), nn.Sigmoid()
+            nn.AdaptiveAvgPool1d(1),
+            nn.Conv1d(channels, 128, 1),
+            nn.ReLU(),
+            nn.Conv1d(128, channels, 1),
+            nn.Sigmoid(),
         )
 
     def forward(self, x):
@@ -135,51 +158,84 @@ class PlainBlock(nn.Module):
 
     def __init__(self, C, dilation):
         super().__init__()
-        self.width = C // 8
-        self.conv1, self.bn1 = nn.Conv1d(C, C, 1), nn.BatchNorm1d(C)
-        chain = [nn.Conv1d(self.width, self.width, 3, dilation=dilation, padding=dilation) for _ in range(7)]
-        self.convs = nn.ModuleList(chain)
-        self.bns = nn.ModuleList([nn.BatchNorm1d(self.width) for _ in range(7)])
-        self.conv3, self.bn3 = nn.Conv1d(C, C, 1), nn.BatchNorm1d(C)
+        width = C // 8
+        self.width = width
+
+        self.conv1 = nn.Conv1d(C, C, 1)
+        self.bn1 = nn.BatchNorm1d(C)
+        self.convs = nn.ModuleList(
+            [nn.Conv1d(width, width, 3, dilation=dilation, padding=dilation) for _ in range(7)]
+        )
+        self.bns = nn.ModuleList([nn.BatchNorm1d(width) for _ in range(7)])
+        self.conv3 = nn.Conv1d(C, C, 1)
+        self.bn3 = nn.BatchNorm1d(C)
         self.se = PlainSE(C)
 
     def forward(self, x):
-        groups = torch.split(self.bn1(F.relu(self.conv1(x))), self.width, dim=1)
-        out = group = self.bns[0](F.relu(self.convs[0](groups[0])))
+        y = self.bn1(F.relu(self.conv1(x)))
+        groups = torch.split(y, self.width, dim=1)
+
+        group = self.bns[0](F.relu(self.convs[0](groups[0])))
+        out = group
         for i in range(1, 7):
             group = self.bns[i](F.relu(self.convs[i](groups[i] + group)))
             out = torch.cat((out, group), dim=1)
         out = torch.cat((out, groups[7]), dim=1)
-        return self.se(self.bn3(F.relu(self.conv3(out)))) + x
+
+        out = self.bn3(F.relu(self.conv3(out)))
+        return self.se(out) + x
 
 
 def plain_mask(x, dim, widths):
-    """SpecAugment of (B, bands, frames) along dim: zeros, for each utterance, a stretch narrower than `widths`."""
+    """SpecAugment of (B, bands, frames) along dim.
+
+    Sets to zero, for each utterance, one stretch that is narrower than `widths`.
+    """
     size = x.shape[dim]
     mask_len = torch.randint(0, widths, (len(x), 1), device=x.device)
     mask_pos = torch.randint(0, max(1, size - mask_len.max()), (len(x), 1), device=x.device)
+
     position = torch.arange(size, device=x.device)
     mask = (position >= mask_pos) & (position < mask_pos + mask_len)
-    return x.masked_fill(mask[:, None, :] if dim == 2 else mask[:, :, None], 0)
+    mask = mask[:, None, :] if dim == 2 else mask[:, :, None]
+    return x.masked_fill(mask, 0)
 
 
 class PlainECAPA(nn.Module):
-    """ECAPA-TDNN with C channels; parameters and buffers are named as in the published checkpoint."""
+    """ECAPA-TDNN with C channels; its names are those in the published checkpoint."""
 
     def __init__(self, C):
         super().__init__()
         mel = torchaudio.transforms.MelSpectrogram(
-            16000, n_fft=512, win_length=400, hop_length=160, f_min=20, f_max=7600, n_mels=80,
+            16000,
+            n_fft=512,
+            win_length=400,
+            hop_length=160,
+            f_min=20,
+            f_max=7600,
+            n_mels=80,
             window_fn=torch.hamming_window,
-        )  # fmt: skip
-        self.torchfbank = nn.Sequential(PlainPreEmphasis(), mel)
-        self.conv1, self.bn1 = nn.Conv1d(80, C, 5, padding=2), nn.BatchNorm1d(C)
-        self.layer1, self.layer2, self.layer3 = PlainBlock(C, 2), PlainBlock(C, 3), PlainBlock(C, 4)
-        self.layer4 = nn.Conv1d(3 * C, 1536, 1)
-        self.attention = nn.Sequential(
-            nn.Conv1d(4608, 256, 1), nn.ReLU(), nn.BatchNorm1d(256), nn.Tanh(), nn.Conv1d(256, 1536, 1), nn.Softmax(2)
         )
-        self.bn5, self.fc6, self.bn6 = nn.BatchNorm1d(3072), nn.Linear(3072, 192), nn.BatchNorm1d(192)
+        self.torchfbank = nn.Sequential(PlainPreEmphasis(), mel)
+
+        self.conv1 = nn.Conv1d(80, C, 5, padding=2)
+        self.bn1 = nn.BatchNorm1d(C)
+        self.layer1 = PlainBlock(C, 2)
+        self.layer2 = PlainBlock(C, 3)
+        self.layer3 = PlainBlock(C, 4)
+        self.layer4 = nn.Conv1d(3 * C, 1536, 1)
+
+        self.attention = nn.Sequential(
+            nn.Conv1d(4608, 256, 1),
+            nn.ReLU(),
+            nn.BatchNorm1d(256),
+            nn.Tanh(),
+            nn.Conv1d(256, 1536, 1),
+            nn.Softmax(2),
+        )
+        self.bn5 = nn.BatchNorm1d(3072)
+        self.fc6 = nn.Linear(3072, 192)
+        self.bn6 = nn.BatchNorm1d(192)
 
     def forward(self, x, aug):
         """Embeddings (B, 192) of waveforms (B, samples); aug: whether to mask the spectrogram."""
@@ -187,48 +243,65 @@ class PlainECAPA(nn.Module):
             x = torch.log(self.torchfbank(x) + 1e-6)
             x = x - torch.mean(x, dim=-1, keepdim=True)
             if aug:
-                x = plain_mask(plain_mask(x, 2, 10), 1, 8)
+                x = plain_mask(x, 2, 10)
+                x = plain_mask(x, 1, 8)
+
         x = self.bn1(F.relu(self.conv1(x)))
         x1 = self.layer1(x)
         x2 = self.layer2(x + x1)
         x3 = self.layer3(x + x1 + x2)
         x = F.relu(self.layer4(torch.cat((x1, x2, x3), dim=1)))
+
         frames = x.shape[-1]
-        mean = torch.mean(x, dim=2, keepdim=True).repeat(1, 1, frames)
-        std = torch.sqrt(torch.var(x, dim=2, keepdim=True).clamp(min=1e-4)).repeat(1, 1, frames)
-        w = self.attention(torch.cat((x, mean, std), dim=1))
+        mean = torch.mean(x, dim=2, keepdim=True)
+        std = torch.sqrt(torch.var(x, dim=2, keepdim=True).clamp(min=1e-4))
+        context = (x, mean.repeat(1, 1, frames), std.repeat(1, 1, frames))
+        w = self.attention(torch.cat(context, dim=1))
+
         mu = torch.sum(x * w, dim=2)
         sigma = torch.sqrt((torch.sum(x**2 * w, dim=2) - mu**2).clamp(min=1e-4))
         return self.bn6(self.fc6(self.bn5(torch.cat((mu, sigma), dim=1))))
 
 
 class PlainAAM(nn.Module):
-    """AAM-softmax of n_class speakers with margin m (radians) and scale s, over dense one-hot targets."""
+    """AAM-softmax of n_class speakers, over dense one-hot targets.
+
+    m: margin in radians; s: scale.
+    """
 
     def __init__(self, n_class, m, s):
         super().__init__()
-        self.m, self.s = m, s
+        self.m = m
+        self.s = s
         self.weight = nn.Parameter(torch.empty(n_class, 192))
         nn.init.xavier_normal_(self.weight)
 
     def forward(self, x, label):
-        """Loss and top-1 accuracy in percent, on the margin logits, of embeddings (B, 192) and labels (B,)."""
+        """Loss and top-1 accuracy in percent of embeddings (B, 192) and labels (B,).
+
+        Both are of the logits with the margin.
+        """
         cosine = F.linear(F.normalize(x), F.normalize(self.weight))
         sine = torch.sqrt((1 - cosine**2).clamp(0, 1))
+
         phi = cosine * math.cos(self.m) - sine * math.sin(self.m)
         line = cosine - math.sin(math.pi - self.m) * self.m
         phi = torch.where(cosine > math.cos(math.pi - self.m), phi, line)
+
         one_hot = torch.zeros_like(cosine)
         one_hot.scatter_(1, label.view(-1, 1), 1)
         logits = (one_hot * phi + (1 - one_hot) * cosine) * self.s
+
+        loss = F.cross_entropy(logits, label)
         correct = torch.argmax(logits, dim=1) == label
-        return F.cross_entropy(logits, label), 100 * correct.float().mean()
+        return loss, 100 * correct.float().mean()
 
 
 def plain_train_step(encoder, classifier, optimiser, audio, labels):
-    """One step on waveforms (B, samples) and labels (B,), both read back: (loss, accuracy in percent).
+    """One step on waveforms (B, samples) and labels (B,): (loss, accuracy in percent).
 
-    On a GPU the convolutions use TF32 and the matrix products do not, which is PyTorch's default.
+    Both numbers are read back from the device. On a GPU the convolutions use TF32 and the matrix
+    products do not, which is PyTorch's default.
     """
     optimiser.zero_grad()
     loss, accuracy = classifier(encoder(audio, aug=True), labels)
@@ -239,7 +312,8 @@ def plain_train_step(encoder, classifier, optimiser, audio, labels):
 
 def plain_read_trials(eval_list, eval_path):
     """Labels (list of int) and pairs of paths of lines `label enrolment test`."""
-    labels, trials = [], []
+    labels = []
+    trials = []
     with open(eval_list) as lines:
         for line in lines:
             label, *names = line.split()
@@ -250,58 +324,82 @@ def plain_read_trials(eval_list, eval_path):
 
 @torch.no_grad()
 def plain_embed(encoder, paths):
-    """Each path's unit embeddings, of the whole file (1, 192) and of its five 3 s crops (5, 192), file by file."""
+    """{path: unit embeddings of the whole file (1, 192) and of its five 3 s crops (5, 192)}.
+
+    Goes through the paths file by file.
+    """
     encoder.eval()
     device = next(encoder.parameters()).device
+
     embeddings = {}
     for path in paths:
         audio, _ = soundfile.read(path)
         whole = torch.FloatTensor(audio)[None].to(device)
+
         if len(audio) < EVAL_CROP:
             audio = np.pad(audio, (0, EVAL_CROP - len(audio)), 'wrap')
         starts = np.linspace(0, len(audio) - EVAL_CROP, num=5)
-        crops = torch.FloatTensor(np.stack([audio[int(start) : int(start) + EVAL_CROP] for start in starts])).to(device)
-        embeddings[path] = tuple(F.normalize(encoder(x, aug=False)) for x in (whole, crops))
+        crops = np.stack([audio[int(start) : int(start) + EVAL_CROP] for start in starts])
+        crops = torch.FloatTensor(crops).to(device)
+
+        of_whole = F.normalize(encoder(whole, aug=False))
+        of_crops = F.normalize(encoder(crops, aug=False))
+        embeddings[path] = (of_whole, of_crops)
     return embeddings
 
 
 def plain_scores(embeddings, trials):
-    """List of the trials' scores: half the whole-file cosine, half the mean cosine of the 25 pairs of crops."""
+    """The trials' scores, a list.
+
+    A score is half the cosine of the whole files plus half the mean cosine of the 25 pairs of
+    crops.
+    """
     scores = []
     for enrolment, test in trials:
-        whole = torch.mean(torch.matmul(embeddings[enrolment][0], embeddings[test][0].T))
-        crops = torch.mean(torch.matmul(embeddings[enrolment][1], embeddings[test][1].T))
+        enrolment_whole, enrolment_crops = embeddings[enrolment]
+        test_whole, test_crops = embeddings[test]
+        whole = torch.mean(torch.matmul(enrolment_whole, test_whole.T))
+        crops = torch.mean(torch.matmul(enrolment_crops, test_crops.T))
         scores.append(((whole + crops) / 2).item())
     return scores
 
 
 def plain_error_rates(scores, labels):
-    """Lists of miss rates, false-alarm rates and thresholds, one for each score in ascending order."""
+    """Lists of miss rates, false-alarm rates and thresholds, by ascending score."""
     ranked = sorted(zip(scores, labels), key=itemgetter(0))
     targets = sum(int(label) for _, label in ranked)
-    missed, rejected = 0, 0
-    fnrs, fprs, thresholds = [], [], []
+    nontargets = len(ranked) - targets
+
+    missed = 0
+    rejected = 0
+    fnrs = []
+    fprs = []
+    thresholds = []
     for score, label in ranked:
         missed += int(label)
         rejected += 1 - int(label)
         fnrs.append(missed / targets)
-        fprs.append(1 - rejected / (len(ranked) - targets))
+        fprs.append(1 - rejected / nontargets)
         thresholds.append(score)
     return fnrs, fprs, thresholds
 
 
 def plain_min_dcf(fnrs, fprs, thresholds, p_target, c_miss=1, c_fa=1):
     """Smallest normalised detection cost, and the threshold it is at."""
-    smallest, best = float('inf'), None
+    smallest = float('inf')
+    best = None
     for fnr, fpr, threshold in zip(fnrs, fprs, thresholds):
         cost = c_miss * fnr * p_target + c_fa * fpr * (1 - p_target)
         if cost < smallest:
-            smallest, best = cost, threshold
-    return smallest / min(c_miss * p_target, c_fa * (1 - p_target)), best
+            smallest = cost
+            best = threshold
+
+    without_scores = min(c_miss * p_target, c_fa * (1 - p_target))
+    return smallest / without_scores, best
 
 
 def plain_eer(scores, labels):
-    """Equal error rate in percent: the larger of the two rates where they are closest on the ROC."""
+    """Equal error rate in percent: the larger of both rates where they are closest on the ROC."""
     fpr, tpr, _ = roc_curve(labels, scores, pos_label=1)
     fnr = 1 - tpr
     closest = np.nanargmin(np.abs(fnr - fpr))
@@ -311,4 +409,6 @@ def plain_eer(scores, labels):
 def plain_figures(scores, labels):
     """(EER in percent, minDCF at p_target 0.05, minDCF at p_target 0.01)."""
     rates = plain_error_rates(scores, labels)
-    return plain_eer(scores, labels), plain_min_dcf(*rates, 0.05)[0], plain_min_dcf(*rates, 0.01)[0]
+    cost_at_5_percent, _ = plain_min_dcf(*rates, 0.05)
+    cost_at_1_percent, _ = plain_min_dcf(*rates, 0.01)
+    return plain_eer(scores, labels), cost_at_5_percent, cost_at_1_percent

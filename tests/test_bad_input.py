@@ -1,4 +1,4 @@
-"""Bad input gets a sentence that names it, exit status 2, no traceback, and leaves no folder behind."""
+"""Bad input gets a sentence that names it, exit status 2, no traceback, and leaves no folder."""
 
 import os
 import shutil
@@ -18,25 +18,71 @@ ROOT = Path(__file__).parents[1]
 SMALL = {'C': 8, 'num_frames': 20, 'batch_size': 4, 'n_cpu': 0, 'max_epoch': 1, 'device': 'cpu'}
 
 
-def remove(name):
-    return lambda tree: shutil.rmtree(tree[name]) if os.path.isdir(tree[name]) else os.remove(tree[name])
+def make_system(C):
+    return ECAPAModel(
+        lr=0.001, lr_decay=0.97, C=C, n_class=4, m=0.2, s=30, test_step=1, device='cpu'
+    )
+
+
+# What spoils a tree, for CASES below.
+
+
+def remove(name, file=''):
+    """Removes a list, a folder or a file of that folder."""
+
+    def spoil(tree):
+        path = Path(tree[name], file)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+    return spoil
+
+
+def remove_audio(name, folder=''):
+    """Removes the audio files below a folder, which stays."""
+
+    def spoil(tree):
+        for path in Path(tree[name], folder).rglob('*.wav'):
+            path.unlink()
+
+    return spoil
+
+
+def replace_text(name, text, file=''):
+    """Replaces a list or a file of a folder by text."""
+    return lambda tree: Path(tree[name], file).write_text(text)
 
 
 def replace_line(name, number, text):
-    def change(tree):
+    """Replaces a line of a list."""
+
+    def spoil(tree):
         lines = Path(tree[name]).read_text().splitlines()
         lines[number - 1] = text
         Path(tree[name]).write_text('\n'.join(lines) + '\n')
 
-    return change
+    return spoil
 
 
-def replace_audio(folder, file, **how):
-    return lambda tree: write_wav(Path(tree[folder], file), **how)
+def replace_audio(name, file, **how):
+    """Replaces an audio file of a folder by what write_wav makes of `how`."""
+    return lambda tree: write_wav(Path(tree[name], file), **how)
+
+
+def put_byte_order_mark(tree):
+    """Puts one before the training list."""
+    path = Path(tree['train_list'])
+    path.write_bytes(b'\xef\xbb\xbf' + path.read_bytes())
 
 
 SOUND = 0.1 * np.random.default_rng(0).standard_normal(20000)
+STEREO = np.stack([SOUND, SOUND], axis=1)
+EIGHT_CHANNELS = np.tile(SOUND[:, None], 8)
 UTTERANCE = 'id1/session/00001.wav'
+NOISE = 'noise/source/recording/00001.wav'
+RIR = 'smallroom/Room001/Room001-00001.wav'
 CASES = {
     'training list missing': (remove('train_list'), ['--train_list', 'no such file']),
     'training folder missing': (remove('train_path'), ['--train_path', 'no such folder']),
@@ -45,50 +91,65 @@ CASES = {
     'noise missing': (remove('musan_path'), ['--musan_path', 'no such folder']),
     'RIRs missing': (remove('rir_path'), ['--rir_path', 'no such folder']),
     'music empty': (
-        lambda tree: [path.unlink() for path in Path(tree['musan_path'], 'music').rglob('*.wav')],
+        remove_audio('musan_path', 'music'),
         ['--musan_path', 'music', 'no .wav'],
     ),
     'RIRs empty': (
-        lambda tree: [path.unlink() for path in Path(tree['rir_path']).rglob('*.wav')],
+        remove_audio('rir_path'),
         ['--rir_path', 'no .wav'],
     ),
-    'training list empty': (lambda tree: Path(tree['train_list']).write_text(''), ['--train_list', 'empty']),
-    'trial list empty': (lambda tree: Path(tree['eval_list']).write_text(''), ['--eval_list', 'empty']),
-    'training line': (replace_line('train_list', 5, 'id1'), ['train.txt, line 5', 'id1']),
-    'trial line': (replace_line('eval_list', 7, '1 one.wav'), ['trials.txt, line 7', 'one.wav']),
-    'trial label': (replace_line('eval_list', 3, 'yes a.wav b.wav'), ['trials.txt, line 3', 'yes']),
+    'training list empty': (replace_text('train_list', ''), ['--train_list', 'empty']),
+    'trial list empty': (replace_text('eval_list', ''), ['--eval_list', 'empty']),
+    'training line': (
+        replace_line('train_list', 5, 'id1'),
+        ['train.txt, line 5', 'id1'],
+    ),
+    'trial line': (
+        replace_line('eval_list', 7, '1 one.wav'),
+        ['trials.txt, line 7', 'one.wav'],
+    ),
+    'trial label': (
+        replace_line('eval_list', 3, 'yes a.wav b.wav'),
+        ['trials.txt, line 3', 'yes'],
+    ),
     'trial file missing': (
-        lambda tree: Path(tree['eval_path'], UTTERANCE).unlink(),
+        remove('eval_path', UTTERANCE),
         ['--eval_list', UTTERANCE, 'no such file'],
     ),
     'training list with a byte order mark': (
-        lambda tree: Path(tree['train_list']).write_bytes(b'\xef\xbb\xbf' + Path(tree['train_list']).read_bytes()),
+        put_byte_order_mark,
         ['--train_list', 'byte order mark'],
     ),
     'trials of one kind': (
-        lambda tree: Path(tree['eval_list']).write_text(f'1 {UTTERANCE} {UTTERANCE}\n'),
+        replace_text('eval_list', f'1 {UTTERANCE} {UTTERANCE}\n'),
         ['trials.txt', 'both kinds'],
     ),
-    'training file missing': (lambda tree: Path(tree['train_path'], UTTERANCE).unlink(), [UTTERANCE, 'no such file']),
+    'training file missing': (
+        remove('train_path', UTTERANCE),
+        [UTTERANCE, 'no such file'],
+    ),
     'training file at 8 kHz': (
         replace_audio('train_path', UTTERANCE, audio=SOUND, rate=8000),
         ['--train_list', UTTERANCE, '8000 Hz'],
     ),
     'evaluation file in stereo': (
-        replace_audio('eval_path', UTTERANCE, audio=np.stack([SOUND, SOUND], axis=1)),
+        replace_audio('eval_path', UTTERANCE, audio=STEREO),
         ['--eval_list', UTTERANCE, '2 channels'],
     ),
     'noise at 44.1 kHz': (
-        replace_audio('musan_path', 'noise/source/recording/00001.wav', audio=SOUND, rate=44100),
+        replace_audio('musan_path', NOISE, audio=SOUND, rate=44100),
         ['--musan_path', '00001.wav', '44100 Hz'],
     ),
     'RIR of eight channels': (
-        replace_audio('rir_path', 'smallroom/Room001/Room001-00001.wav', audio=np.tile(SOUND[:, None], 8)),
+        replace_audio('rir_path', RIR, audio=EIGHT_CHANNELS),
         ['--rir_path', 'Room001-00001.wav', '8 channels'],
     ),
-    'no samples': (replace_audio('eval_path', UTTERANCE, audio=SOUND[:0]), [UTTERANCE, 'no samples']),
+    'no samples': (
+        replace_audio('eval_path', UTTERANCE, audio=SOUND[:0]),
+        [UTTERANCE, 'no samples'],
+    ),
     'no audio': (
-        lambda tree: Path(tree['eval_path'], UTTERANCE).write_text('not audio'),
+        replace_text('eval_path', 'not audio', UTTERANCE),
         [UTTERANCE, 'cannot be read as audio'],
     ),
 }
@@ -106,45 +167,47 @@ def refusal(arguments, capsys):
 def test_training_is_refused(tree, capsys, case):
     spoil, words = CASES[case]
     spoil(tree)
-    message = refusal(command_line(**{**SMALL, **tree}), capsys)
+    message = refusal(command_line(**SMALL, **tree), capsys)
     assert all(word in message for word in words), message
     assert not os.path.exists(tree['save_path'])
 
 
 @pytest.mark.parametrize(
-    'options, words',
+    'option, value, words',
     [
-        ({'batch_size': 13}, ['--batch_size 13', '12 utterances']),
-        ({'n_class': 3}, ['--n_class 3', '4 speakers']),
-        ({'C': 12}, ['--C 12', 'multiple of 8']),
-        ({'warmup': 1}, ['--warmup']),
-        ({'min_lr': 1}, ['--min_lr']),
-        ({'lr': 'fast'}, ['--lr', 'fast']),
-        ({'lr': 'nan'}, ['--lr', 'nan']),
-        ({'max_epoch': 0}, ['--max_epoch', '0']),
-        ({'device': 'toaster'}, ['--device', 'toaster']),
-        ({'device': 'cuda:99'}, ['--device', 'cuda:99']),
-        ({'initial_model': 'nowhere.model'}, ['--initial_model', 'nowhere.model']),
-        ({'save_path': __file__}, ['--save_path', os.path.basename(__file__)]),
+        ('batch_size', 13, ['--batch_size 13', '12 utterances']),
+        ('n_class', 3, ['--n_class 3', '4 speakers']),
+        ('C', 12, ['--C 12', 'multiple of 8']),
+        ('warmup', 1, ['--warmup']),
+        ('min_lr', 1, ['--min_lr']),
+        ('lr', 'fast', ['--lr', 'fast']),
+        ('lr', 'nan', ['--lr', 'nan']),
+        ('max_epoch', 0, ['--max_epoch', '0']),
+        ('device', 'toaster', ['--device', 'toaster']),
+        ('device', 'cuda:99', ['--device', 'cuda:99']),
+        ('initial_model', 'nowhere.model', ['--initial_model', 'nowhere.model']),
+        ('save_path', __file__, ['--save_path', os.path.basename(__file__)]),
     ],
 )
-def test_an_option_is_refused(tree, capsys, options, words):
-    message = refusal(command_line(**{**SMALL, **tree, **options}), capsys)
+def test_an_option_is_refused(tree, capsys, option, value, words):
+    options = {**SMALL, **tree}
+    options[option] = value
+    message = refusal(command_line(**options), capsys)
     assert all(word in message for word in words), message
     assert not os.path.exists(tree['save_path'])
 
 
 def test_a_full_option_list_trains(tree):
     """Without a fault the same options work: what the other tests see is the fault they made."""
-    trainECAPAModel.main(command_line(**{**SMALL, **tree}))
+    trainECAPAModel.main(command_line(**SMALL, **tree))
     assert os.path.exists(tree['save_path'] + '/score.txt')
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    system = ECAPAModel(lr=0.001, lr_decay=0.97, C=8, n_class=4, m=0.2, s=30, test_step=1, device='cpu')
-    system.save_parameters(tmp_path / 'a.model')
-    return tmp_path / 'a.model'
+    path = tmp_path / 'a.model'
+    make_system(C=8).save_parameters(path)
+    return path
 
 
 class Payload:
@@ -152,6 +215,10 @@ class Payload:
 
     def __reduce__(self):
         return os.mkdir, ('executed',)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:9999])
 
 
 def drop_a_tensor(path):
@@ -165,7 +232,7 @@ def drop_a_tensor(path):
     [
         (lambda path: path.unlink(), ['no such checkpoint']),
         (lambda path: path.write_bytes(b''), ['cannot be read as a checkpoint']),
-        (lambda path: path.write_bytes(path.read_bytes()[:9999]), ['cannot be read as a checkpoint']),
+        (cut, ['cannot be read as a checkpoint']),
         (lambda path: torch.save(Payload(), path), ['cannot be read as a checkpoint']),
         (lambda path: torch.save([1, 2], path), ['not a checkpoint of this model']),
         (lambda path: torch.save({'a': torch.zeros(1)}, path), ['not a checkpoint of this model']),
@@ -175,33 +242,45 @@ def drop_a_tensor(path):
 def test_a_checkpoint_is_refused(tree, checkpoint, capsys, monkeypatch, tmp_path, spoil, words):
     monkeypatch.chdir(tmp_path)
     spoil(checkpoint)
-    options = {name: tree[name] for name in ('eval_list', 'eval_path')}
-    message = refusal(command_line('--eval', initial_model=checkpoint, device='cpu', **options), capsys)
+    arguments = command_line(
+        '--eval',
+        initial_model=checkpoint,
+        device='cpu',
+        eval_list=tree['eval_list'],
+        eval_path=tree['eval_path'],
+    )
+    message = refusal(arguments, capsys)
     assert all(word in message for word in ['a.model', *words]), message
     assert not os.path.exists('executed')
 
 
 def test_an_encoder_of_another_size_is_refused(checkpoint):
-    system = ECAPAModel(lr=0.001, lr_decay=0.97, C=16, n_class=4, m=0.2, s=30, test_step=1, device='cpu')
+    system = make_system(C=16)
     before = {name: tensor.clone() for name, tensor in system.state_dict().items()}
     with pytest.raises(Exception, match='encoder does not fit.*8 channels.*16'):
         system.load_parameters(checkpoint)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in system.state_dict().items())
+    for name, tensor in system.state_dict().items():
+        assert torch.equal(tensor, before[name])
 
 
 def test_eval_without_a_checkpoint_is_refused(tree, capsys):
-    assert '--initial_model' in refusal(command_line('--eval', **tree), capsys)
+    message = refusal(command_line('--eval', **tree), capsys)
+    assert '--initial_model' in message
 
 
 def test_a_newcomer_without_data(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / 'trainECAPAModel.py'], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert 'Traceback' not in done.stderr
-    assert 'README' in done.stderr and 'exps/demo/run.sh' in done.stderr
+    command = [sys.executable, ROOT / 'trainECAPAModel.py']
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 2
+    assert 'Traceback' not in process.stderr
+    assert 'README' in process.stderr
+    assert 'exps/demo/run.sh' in process.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize('flags', [['--eval', '--initial_model', 'exps/pretrain.model'], ['--no_such_option']])
+@pytest.mark.parametrize(
+    'flags', [['--eval', '--initial_model', 'exps/pretrain.model'], ['--no_such_option']]
+)
 def test_nothing_is_made_where_the_command_is_refused(tmp_path, monkeypatch, capsys, flags):
     monkeypatch.chdir(tmp_path)
     assert refusal(flags, capsys)
@@ -218,12 +297,15 @@ def cut_flac(path):
 
 def test_every_file_that_cannot_be_evaluated_is_named(tree, capsys):
     """Whether it can be decoded shows only when a worker reads it."""
-    names = UTTERANCE, 'id2/session/00000.wav', 'id3/session/00002.wav'
+    names = [UTTERANCE, 'id2/session/00000.wav', 'id3/session/00002.wav']
     cut_flac(Path(tree['eval_path'], names[0]))
     write_wav(Path(tree['eval_path'], names[1]), 0 * SOUND)
     write_wav(Path(tree['eval_path'], names[2]), np.full(20000, np.nan))
-    message = refusal(command_line(**{**SMALL, **tree, 'n_cpu': 1}), capsys)
-    assert '3 of 12 files cannot be embedded' in message and 'Traceback' not in message
+
+    options = dict(SMALL, n_cpu=1)
+    message = refusal(command_line(**options, **tree), capsys)
+    assert '3 of 12 files cannot be embedded' in message
+    assert 'Traceback' not in message
     assert all(name in message for name in names)
     assert len(message.splitlines()) == 4
 
@@ -232,9 +314,13 @@ def test_bad_noise_met_in_a_worker_is_named(tree, capsys):
     """Of many files only a sample is read beforehand, here every second one."""
     folder = Path(tree['musan_path'], 'speech/source/recording')
     for number in range(150):
-        write_wav(folder / f'{number:05d}.wav', SOUND, subtype='PCM_16')
+        path = folder / f'{number:05d}.wav'
+        write_wav(path, SOUND, subtype='PCM_16')
         if number % 2:
-            cut_flac(folder / f'{number:05d}.wav')
-    message = refusal(command_line(**{**SMALL, **tree, 'n_cpu': 1, 'batch_size': 12, 'max_epoch': 9}), capsys)
-    assert 'speech/source/recording' in message and 'cannot be decoded' in message
+            cut_flac(path)
+
+    options = dict(SMALL, n_cpu=1, batch_size=12, max_epoch=9)
+    message = refusal(command_line(**options, **tree), capsys)
+    assert 'speech/source/recording' in message
+    assert 'cannot be decoded' in message
     assert len(message.splitlines()) == 1
