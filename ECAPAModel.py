@@ -1,10 +1,14 @@
-"""The system: encoder, classifier and optimiser; a step, an epoch, evaluation; below, saving and loading."""
+"""The system: encoder, classifier and optimiser; a step, an epoch, evaluation.
+
+Below the class: cohorts; saving, resuming and loading; devices.
+"""
 
 import contextlib
+import difflib
 import functools
 import glob
+import inspect
 import io
-import json
 import math
 import os
 import re
@@ -12,100 +16,160 @@ import sys
 import time
 import warnings
 import zipfile
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import tools
-from dataLoader import EVAL_CROP, RATE, eval_crops, read_any, read_audio, read_trial_lists, read_utterance
+from dataLoader import (
+    EVAL_CROP,
+    RATE,
+    eval_crops,
+    parallel_map,
+    read_any,
+    read_audio,
+    read_trial_lists,
+    read_utterance,
+)
 from loss import AAMsoftmax
 from model import ECAPA_TDNN, HOP
-from tools import BadInput, process_count, process_rank, say
+from tools import BadInput, Scored, process_count, process_rank, say
 
-LOOK_EVERY = 10  # steps of a GPU between two looks at their losses, for each of which the host waits
-BATCH_FRAMES = 16384  # frames in a batch of evaluation on a GPU: about 1.5 GB of activations with 1,024 channels
+LOOK_EVERY = 10  # steps of a GPU between two looks at their losses, for which the host waits
+BATCH_FRAMES = 16384  # frames in a batch of evaluation on a GPU: about 1.5 GB with 1,024 channels
 CPU_BATCH_FRAMES = 4096  # larger ones do not stay in the cache
 WINDOW_FRAMES = 8 * BATCH_FRAMES  # frames read before they are sorted by length into batches
-SHAPE_STEP = 64  # lengths of batches on a GPU are multiples of this: cuDNN plans again for each shape that it meets
+SHAPE_STEP = 64  # of lengths of batches on a GPU: cuDNN plans again for each shape that it meets
 LONGEST = 300 * RATE  # samples of a recording that is embedded in one piece
+
+# What scripts for the published code pass on besides, with ECAPAModel(**vars(args)).
+PUBLISHED_OPTIONS = {
+    'num_frames', 'batch_size', 'train_list', 'train_path', 'eval_list', 'eval_path', 'musan_path',
+    'rir_path', 'save_path', 'initial_model', 'eval', 'score_save_path', 'model_save_path',
+}  # fmt: skip
 
 
 class ECAPAModel(nn.Module):
     """Speaker encoder and AAM-softmax classifier, with the optimiser that trains them.
 
-    lr: learning rate, multiplied by lr_decay every test_step epochs; C: channels of the encoder; n_class: speakers; m,
-    s: margin and scale of AAM-softmax; device: as in choose_device; precision: 'bf16' (the encoder's convolutions;
-    features, pooling statistics and loss stay float32), 'fp32' (as PyTorch has it: on a GPU convolutions round to
-    TF32), 'exact' (float32 without TF32) or 'auto', bf16 on a GPU that has it, else fp32; n_cpu: processes that read
-    files in evaluation; options: the command's, with its defaults: optimizer, weight_decay, clip, schedule, min_lr,
-    warmup, max_epoch, margin_from, margin_epochs, no_specaug, compile, accumulate, freeze_epochs.
+    lr: learning rate, multiplied by lr_decay every test_step epochs; C: channels of the encoder;
+    n_class: speakers; m, s: margin and scale of AAM-softmax; device: as in choose_device;
+    precision: 'bf16' (the encoder's convolutions; features, pooling statistics and loss stay
+    float32), 'fp32' (as PyTorch has it: on a GPU convolutions round to TF32), 'exact' (as 'fp32',
+    for the command, which forbids TF32) or 'auto', bf16 on a GPU that has it, else fp32; n_cpu:
+    processes that read files in evaluation. The others are the command's, with its defaults. Raises
+    TypeError for a name that is none of these, nor an option of the published command.
 
-    Where processes train together, gradients are averaged over them, and batch norms use the statistics of all.
+    Where processes train together, gradients are averaged over them, and batch norms use the
+    statistics of all.
     """
 
-    def __init__(self, lr, lr_decay, C, n_class, m, s, test_step, device='auto', precision='auto', n_cpu=0, **options):
+    def __init__(
+        self, lr, lr_decay, C, n_class, m, s, test_step,
+        device='auto', precision='auto', n_cpu=0, compile=False,
+        optimizer='adam', weight_decay=2e-5, clip=0.0, accumulate=1, freeze_epochs=0,
+        schedule='step', min_lr=0.0, warmup=0.0, max_epoch=80,
+        margin_from=None, margin_epochs=(0.0, 1.0), no_specaug=False,
+        **published,
+    ):  # fmt: skip
         super().__init__()
+        for name in published:
+            if name not in PUBLISHED_OPTIONS:
+                known = inspect.signature(ECAPAModel).parameters
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f'; did you mean {close[0]}?' if close else ''
+                raise TypeError(f'ECAPAModel has no option {name}{hint}')
+
         self.device = choose_device(device)
         self.on_gpu = self.device.type == 'cuda'
-        if precision == 'auto':
-            precision = 'bf16' if self.on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else 'fp32'
-        if precision == 'exact':
-            torch.backends.cudnn.allow_tf32 = False
         self.precision = precision
-        self.n_cpu, self.accumulate = n_cpu, options.get('accumulate', 1)
-        self.freeze_epochs, self.max_epoch = options.get('freeze_epochs', 0), options.get('max_epoch', 80)
-        self.warned_of_waiting, self.checkpoint = False, None
+        if precision == 'auto':
+            half = self.on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+            self.precision = 'bf16' if half else 'fp32'
+        self.n_cpu = n_cpu
+        self.warned_of_waiting = False
+
         self.speaker_encoder = ECAPA_TDNN(C=C).to(self.device)
+        if no_specaug:
+            self.speaker_encoder.specaug = nn.Identity()
         self.speaker_loss = AAMsoftmax(n_class=n_class, m=m, s=s).to(self.device)
         self.train_encode = self.speaker_encoder.encode
-        if options.get('compile'):
+        if compile:
             self.train_encode = torch.compile(self.train_encode)
-        if options.get('no_specaug'):
-            self.speaker_encoder.specaug = nn.Identity()
-        settings = {'lr': lr, 'weight_decay': options.get('weight_decay', 2e-5)}
-        if options.get('optimizer') == 'sgd':
+
+        if optimizer == 'sgd':
             # Not fused, which cannot begin with the classifier alone.
-            self.optim = torch.optim.SGD(self.parameters(), momentum=0.9, nesterov=True, **settings)
+            self.optim = torch.optim.SGD(
+                self.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay
+            )
         else:
-            self.optim = torch.optim.Adam(self.parameters(), fused=True, **settings)
-        self.clip, self.warmup = options.get('clip', 0), options.get('warmup', 0)
-        self.schedule, self.lr, self.min_lr = options.get('schedule', 'step'), lr, options.get('min_lr', 0)
-        first = options.get('margin_from')
-        self.margins, self.margin_epochs = (m if first is None else first, m), options.get('margin_epochs', (0, 1))
-        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optim, step_size=test_step, gamma=lr_decay)
+            self.optim = torch.optim.Adam(
+                self.parameters(), lr=lr, weight_decay=weight_decay, fused=True
+            )
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optim, test_step, gamma=lr_decay)
+
+        self.clip = clip
+        self.accumulate = accumulate
+        self.freeze_epochs = freeze_epochs
+        self.lr = lr
+        self.lr_decay = lr_decay
+        self.test_step = test_step
+        self.schedule = schedule
+        self.min_lr = min_lr
+        self.warmup = warmup
+        self.max_epoch = max_epoch
+        self.margin = m
+        self.margin_from = m if margin_from is None else margin_from
+        self.margin_epochs = margin_epochs
 
     def set_learning_rate(self, epoch, share=0.0):
-        """Sets the learning rate and the margin where a share (0 to 1) of an epoch (from 1) is done; returns the rate.
+        """Sets learning rate and margin for a place in an epoch; returns the rate.
 
-        Both are functions of these two alone, so the same after a resume and for any number of processes. A warm-up
-        begins with a rate of 0, so its first step changes nothing but batch norms.
+        epoch: from 1; share: how much of it is done, 0 to 1. Both are functions of these two alone,
+        so the same after a resume and for any number of processes. A warm-up begins with a rate of
+        0, so its first step changes nothing but batch norms.
         """
-        done = epoch - 1 + share
         with warnings.catch_warnings():
-            # PyTorch deprecates the argument, which is what makes the schedule independent of the epochs run before.
+            # PyTorch deprecates the argument, which is what makes the schedule independent of the
+            # epochs run before.
             warnings.simplefilter('ignore', UserWarning)
             self.scheduler.step(epoch - 1)
-        group = self.optim.param_groups[0]
+        done = epoch - 1 + share
+        self.speaker_loss.m = self.margin_at(done)
+        rate = self.rate_at(done)
+        self.optim.param_groups[0]['lr'] = rate
+        return rate
+
+    def rate_at(self, done):
+        """Learning rate after `done` epochs, which need not be a whole number."""
         if self.schedule == 'cosine':
-            fallen = min(1, max(0, done - self.warmup) / max(1e-9, self.max_epoch - self.warmup))
-            group['lr'] = self.min_lr + (self.lr - self.min_lr) * (1 + math.cos(math.pi * fallen)) / 2
+            fallen = ramp(done, self.warmup, self.max_epoch)
+            height = (1 + math.cos(math.pi * fallen)) / 2
+            rate = self.min_lr + (self.lr - self.min_lr) * height
+        else:
+            rate = self.lr * self.lr_decay ** (int(done) // self.test_step)
         if done < self.warmup:
-            group['lr'] *= done / self.warmup
-        (first, last), (begin, end) = self.margins, self.margin_epochs
-        grown = min(1, max(0, done - begin) / max(1e-9, end - begin))
-        self.speaker_loss.m = first + (last - first) * grown
-        return group['lr']
+            rate *= done / self.warmup
+        return rate
+
+    def margin_at(self, done):
+        """Margin after `done` epochs, which need not be a whole number."""
+        return self.margin_from + (self.margin - self.margin_from) * ramp(done, *self.margin_epochs)
 
     def forward(self, audio, labels):
-        """Loss and accuracy in percent of waveforms (B, samples), masked at random, with labels (B,)."""
+        """Loss and accuracy in percent of waveforms (B, samples) with labels (B,).
+
+        The features are masked at random.
+        """
         features = self.speaker_encoder.features(audio, aug=True)  # (B, 80, T)
         # Frozen epochs are few: not worth the minutes that compiling for them takes.
         encode = self.train_encode if self.speaker_encoder.training else self.speaker_encoder.encode
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == 'bf16'):
+        half = self.precision == 'bf16'
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
             embedding = encode(features)  # (B, 192)
         return self.speaker_loss(embedding, labels)
 
@@ -116,16 +180,17 @@ class ECAPAModel(nn.Module):
         """
         self.optim.zero_grad()
         totals = 0
-        for part, part_labels in zip(audio.tensor_split(self.accumulate), labels.tensor_split(self.accumulate)):
+        audio_parts = audio.tensor_split(self.accumulate)
+        label_parts = labels.tensor_split(self.accumulate)
+        for part, part_labels in zip(audio_parts, label_parts):
             loss, accuracy = self(part, part_labels)
             share = len(part) / len(audio)
             (loss * share).backward()
             totals += share * torch.stack([loss.detach(), accuracy[0]])
+
         parameters = [p for p in self.parameters() if p.grad is not None]
         if process_count() > 1:
-            mean = tools.sum_over_processes(torch.cat([p.grad.flatten() for p in parameters])) / process_count()
-            for parameter, part in zip(parameters, mean.split([p.numel() for p in parameters])):
-                parameter.grad = part.view_as(parameter)
+            average_gradients(parameters)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if self.clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
@@ -135,392 +200,586 @@ class ECAPAModel(nn.Module):
     def train_network(self, epoch, loader):
         """One epoch over a loader of (waveforms (B, samples), labels (B,)).
 
-        Returns (mean loss, learning rate, mean accuracy in percent) of all processes, which the progress bar shows too.
-        Raises Diverged at most LOOK_EVERY steps after a loss or gradient that is not finite.
+        Returns (mean loss, learning rate, mean accuracy in percent) of all processes, which the
+        progress bar shows too. Raises Diverged at most LOOK_EVERY steps after a loss or gradient
+        that is not finite.
         """
-        self.train()
-        self.checkpoint = None
-        self.speaker_encoder.train(epoch > self.freeze_epochs).requires_grad_(epoch > self.freeze_epochs)
-        steps, not_seen, totals = 0, [], torch.zeros(3, dtype=torch.float64)
-        begin = asked = time.perf_counter()
-        seconds_waited = 0.0
-        with tqdm(desc=f'epoch {epoch}', total=len(loader), unit='step', disable=process_rank() > 0 or None) as bar:
-            for steps, batch in enumerate(tools.fetch(loader), 1):
-                lr = self.set_learning_rate(epoch, (steps - 1) / len(loader))
-                # The first batch takes as long as the workers take to start.
-                seconds_waited += time.perf_counter() - asked if steps > 1 else 0
-                audio, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-                not_seen.append((batch, self.train_step(audio, labels)))
-                if len(not_seen) == (LOOK_EVERY if self.on_gpu else 1) or steps == len(loader):
-                    # The one place where the host waits for the GPU.
-                    results = torch.stack([result for _, result in not_seen]).cpu().double()
-                    finite = results.isfinite().all(dim=1).tolist()
-                    if not all(finite):
-                        first = finite.index(False)
-                        raise Diverged(epoch, steps - len(not_seen) + 1 + first, not_seen[first][0])
-                    not_seen, totals = [], totals + results.sum(dim=0)
-                    (loss, accuracy, _), elapsed = (totals / steps).tolist(), time.perf_counter() - begin
-                    rate, share = steps * len(labels) * process_count() / elapsed, seconds_waited / elapsed
-                    figures = f'loss {loss:.3f}, acc {accuracy:.2f}%, lr {lr:.6f}, {rate:.0f} utt/s'
-                    bar.set_postfix_str(f'{figures}, {100 * share:.0f}% waiting for data', refresh=False)
-                bar.update()
-                asked = time.perf_counter()
+        steps = len(loader)
         if steps == 0:
-            raise BadInput('an epoch has no full batch: the training list is shorter than --batch_size')
-        if share > 0.3 and steps > 20 and not self.warned_of_waiting and process_rank() == 0:
-            self.warned_of_waiting = True
-            waited = f'Training waited for data {100 * share:.0f}% of the time: the loader is the bottleneck.'
-            counts = f'now {self.n_cpu}; this machine has {tools.available_cpus()} processors'
-            print(f'{waited} Try another --n_cpu ({counts}), or a faster disk.', file=sys.stderr)
-        loss, accuracy, _ = (tools.sum_over_processes(totals.to(self.device)) / (steps * process_count())).tolist()
+            raise BadInput('an epoch has no full batch: the list is shorter than --batch_size')
+        self.train()
+        trains_encoder = epoch > self.freeze_epochs
+        self.speaker_encoder.train(trains_encoder).requires_grad_(trains_encoder)
+
+        batches = TimedBatches(loader)
+        not_seen = []
+        totals = torch.zeros(3, dtype=torch.float64)
+        # disable=None shows the bar on a terminal alone.
+        hide = True if process_rank() > 0 else None
+        with tqdm(desc=f'epoch {epoch}', total=steps, unit='step', disable=hide) as bar:
+            for step, batch in enumerate(batches, 1):
+                lr = self.set_learning_rate(epoch, (step - 1) / steps)
+                audio = batch[0].to(self.device, non_blocking=True)
+                labels = batch[1].to(self.device, non_blocking=True)
+                not_seen.append((batch, self.train_step(audio, labels)))
+                if len(not_seen) == LOOK_EVERY or step == steps or not self.on_gpu:
+                    totals += sum_of_finite(not_seen, epoch, step)
+                    not_seen = []
+                    loss, accuracy, _ = (totals / step).tolist()
+                    rate = step * len(labels) * process_count() / batches.seconds()
+                    bar.set_postfix_str(
+                        f'loss {loss:.3f}, acc {accuracy:.2f}%, lr {lr:.6f}, {rate:.0f} utt/s, '
+                        f'{100 * batches.share_waited():.0f}% waiting for data',
+                        refresh=False,
+                    )
+                bar.update()
+
+        if batches.share_waited() > 0.3 and steps > 20:
+            self.warn_of_waiting(batches.share_waited())
+        totals = tools.sum_over_processes(totals.to(self.device)) / (steps * process_count())
+        loss, accuracy, _ = totals.tolist()
         return loss, lr, accuracy
 
+    def warn_of_waiting(self, share):
+        """Says once, on standard error, that training waited for data a share of the time."""
+        if self.warned_of_waiting or process_rank() > 0:
+            return
+        self.warned_of_waiting = True
+        print(
+            f'Training waited for data {100 * share:.0f}% of the time: the loader is the '
+            f'bottleneck. Try another --n_cpu (now {self.n_cpu}; this machine has '
+            f'{tools.available_cpus()} processors), or a faster disk.',
+            file=sys.stderr,
+        )
+
     def eval_network(self, eval_list, eval_path):
-        """EER in percent and minDCF (p_target 0.05) of a trial list whose files lie below eval_path."""
-        _, figures = self.score_lists(*read_trial_lists([eval_list], [eval_path]))[0]['raw']
+        """EER in percent and minDCF (p_target 0.05) of a trial list with files below eval_path."""
+        (kinds,) = self.score_lists(*read_trial_lists([eval_list], [eval_path]))
+        figures = kinds['raw'].figures
         return figures['EER']['value'], figures['minDCF(0.05)']['value']
 
-    def score_lists(self, paths, trial_lists, cohort_files=None, top_n=None, subtract_mean=False):
-        """Scores and figures of what read_trial_lists returns: for each list {'raw': (scores (N,), operating_points)}.
+    def score_lists(self, paths, trial_lists, cohort=None, top_n=None, subtract_mean=False):
+        """Scores and figures of what read_trial_lists returns: for each list {kind: Scored}.
 
-        cohort_files: what choose_cohort returns. The other kinds are those of score_pairs and, where the checkpoint has
-        a calibration that was fitted on other trials, 'calibrated': log-likelihood ratios, with calibration_figures.
+        cohort: what embed_speakers returns. The kinds are those of tools.score_kinds.
         """
-        calibration, results = self.calibration(cohort_files, top_n, subtract_mean), []
-        cohort, files = cohort_files and self.cohort(cohort_files), self.embed_with_quality(paths)
+        embeddings = self.embed_files(paths)
+        results = []
         for trials in trial_lists:
-            labels, options = trials.labels, (trials.pairs, cohort, top_n, subtract_mean)
-            scores, measures = self.score_pairs(*map(trials.mean, files), *options)
-            results.append({kind: (s, tools.operating_points(s, labels)) for kind, s in scores.items()})
-            if calibration and calibration['list']['fingerprint'] == trials.fingerprint():
-                say(f'note          not calibrated: {trials.path}, the trials that the calibration was fitted on')
-            elif calibration:
-                ratios = tools.log_likelihood_ratios(calibration, scores, measures, trials.pairs)
-                figures = tools.operating_points(ratios, labels) | tools.calibration_figures(ratios, labels)
-                results[-1]['calibrated'] = ratios, figures
+            vectors = trials.mean(embeddings)
+            kinds = tools.score_kinds(vectors, trials.pairs, cohort, top_n, subtract_mean)
+            results.append(
+                {
+                    kind: Scored(scores, tools.operating_points(scores, trials.labels))
+                    for kind, scores in kinds.items()
+                }
+            )
         return results
 
-    def score_pairs(self, embeddings, quality, pairs, cohort=None, top_n=None, subtract_mean=False):
-        """({kind: scores (N,)}, {quality measure: (files,)}) of pairs (N, 2) of what embed_with_quality returns.
-
-        With top_n there is 'asnorm' besides 'raw', by the top_n closest speakers of the cohort, and their mean score is
-        a measure. With subtract_mean there are 'centred' and 'centred asnorm' too: of both vectors of a file minus the
-        cohort's mean, then of unit length, so that crops count by the cosine of their means; the cohort's likewise.
-        """
-        scores, measures = {}, {'duration': np.log(quality[:, 0]), 'size': quality[:, 1]}
-        # The mean of several utterances' whole embeddings is shorter than 1.
-        whole, crops = embeddings.swapaxes(0, 1)
-        spaces = {'': (np.stack([whole / np.linalg.norm(whole, axis=1, keepdims=True), crops], axis=1), cohort)}
-        if subtract_mean:
-            centred = (vectors - cohort.mean(axis=0) for vectors in (embeddings, cohort))
-            spaces['centred '] = tuple(vectors / np.linalg.norm(vectors, axis=2, keepdims=True) for vectors in centred)
-        for space, (vectors, speakers) in spaces.items():
-            raw = scores[space.strip() or 'raw'] = tools.score_pairs(vectors, pairs)
-            if top_n:
-                moments = tools.cohort_moments(vectors, speakers, top_n)
-                scores[f'{space}asnorm'] = tools.as_norm(raw, vectors, pairs, speakers, top_n, moments)
-                measures.setdefault('cohort', moments[0])
-        return scores, measures
-
-    def calibration(self, cohort_files, top_n, subtract_mean):
-        """What exps.calibrate wrote beside the checkpoint; None, with a note, where it is for another way to score."""
-        path = f'{self.checkpoint["path"]}.calibration.json' if self.checkpoint else ''
-        if not os.path.exists(path):
-            return None
-        made = {'raw': True, 'asnorm': top_n, 'centred': subtract_mean, 'centred asnorm': top_n and subtract_mean}
-        try:
-            with open(path, encoding='utf-8') as file:
-                found = json.load(file)
-            fits = found['cohort'] in (None, cohort_digest(cohort_files, top_n)) and made[found['kind']]
-            if fits and found['checkpoint']['sha256'] == self.checkpoint['sha256']:
-                return found
-            say(f'note          not calibrated: {path} is for other weights or options: {found["command"]}')
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadInput(f'{path}: not what exps.calibrate writes; move it away') from error
-        return None
-
-    def cohort(self, files):
-        """Cohort of as_norm, (speakers, 2, 192): the mean of embed_files over each speaker's files, a list for each, so
-        that a score against it is the mean of the scores against these. It is kept beside the checkpoint.
-        """
-        checkpoint, paths = self.checkpoint or {'path': '', 'sha256': ''}, [path for each in files for path in each]
-        kept_in = f'{checkpoint["path"]}.cohort.npz'
-        key = f'{checkpoint["sha256"]} {cohort_digest(files)}'
-        cohort = None
-        with contextlib.suppress(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile), np.load(kept_in) as kept:
-            cohort = kept['cohort'] if str(kept['key']) == key else None
-        if all(tools.gather([cohort is not None])):
-            return cohort
-        ends = np.cumsum([len(each) for each in files])
-        cohort = np.stack([part.mean(axis=0) for part in np.split(self.embed_files(paths), ends[:-1])])
-        if self.checkpoint and process_rank() == 0:
-            try:
-                tools.write_whole(kept_in, lambda file: np.savez(file, key=key, cohort=cohort))
-            except BadInput as error:
-                say(f'note          the cohort is not kept: {error}')
-        return cohort
-
     def embed(self, paths):
-        """Unit embeddings of whole files, float32 (N, 192); other rates and channels are converted, with a note."""
+        """Unit embeddings of whole files, float32 (N, 192), of any rate and number of channels.
+
+        What had to be converted is said on standard error.
+        """
         return self.embed_files(paths, any_format=True)[:, 0]
 
-    def embed_files(self, paths, any_format=False):
-        """The first of what embed_with_quality returns."""
-        return self.embed_with_quality(paths, any_format)[0]
+    def embed_speakers(self, files):
+        """One embedding for each speaker: the mean of embed_files over the speaker's files.
+
+        files: a list of paths for each speaker. Returns (speakers, 2, 192); a score against a mean
+        is the mean of the scores.
+        """
+        embeddings = self.embed_files([path for paths in files for path in paths])
+        ends = np.cumsum([len(paths) for paths in files])
+        return np.stack([part.mean(axis=0) for part in np.split(embeddings, ends[:-1])])
 
     @torch.inference_mode()
-    def embed_with_quality(self, paths, any_format=False):
-        """Each file as two vectors, float32 (N, 2, 192): its whole utterance's unit embedding, and the mean of the unit
-        embeddings of its five crops, so that the dot product of two means is the mean over 25 pairs of crops. And its
-        quality, float32 (N, 2): seconds, and the length of the first before it was made a unit vector.
+    def embed_files(self, paths, any_format=False):
+        """Each file as two vectors, float32 (N, 2, 192).
 
-        A recording of more than five minutes counts as the mean of its equal parts. Where processes train together each
-        reads its part of the files, and all return the same. Raises BadInput that names every file that cannot be used,
-        or whose embedding is zero or not finite.
+        The first is the unit embedding of the whole utterance; the second the mean of the unit
+        embeddings of its five crops, so that the dot product of two means is the mean over 25 pairs
+        of crops. A recording of more than five minutes counts as the mean of its equal parts.
+
+        Where processes train together each reads its part of the files, and all return the same.
+        Raises BadInput that names every file that cannot be used, or whose embedding is zero or not
+        finite.
         """
         self.eval()
         mine = range(process_rank(), len(paths), process_count())
-        options = {'num_workers': min(self.n_cpu, len(mine)), 'pin_memory': self.on_gpu}
         read = functools.partial(read_utterance, read_any if any_format else read_audio)
-        files = DataLoader([paths[i] for i in mine], batch_size=None, collate_fn=read, **options)
-        bar = {'total': len(mine), 'unit': 'file', 'disable': process_rank() > 0 or None, 'leave': False}
-        files = tqdm(tools.fetch(files), 'evaluating', **bar)
+        n_cpu = min(self.n_cpu, len(mine))
+        utterances = parallel_map(read, [paths[i] for i in mine], n_cpu, pin_memory=self.on_gpu)
+        hide = True if process_rank() > 0 else None
+        utterances = tqdm(
+            utterances, 'evaluating', len(mine), unit='file', disable=hide, leave=False
+        )
+
         embeddings = torch.zeros(len(paths), 2, 192, device=self.device)
-        quality = torch.zeros(len(paths), 2, device=self.device)
-        window, frames, faults, long = [], 0, [], []
-        for index, audio in zip(mine, files):
-            if isinstance(audio, str):
-                faults.append(audio)
+        window = []
+        frames = 0
+        faults = []
+        long = []
+        for index, (audio, fault) in zip(mine, utterances):
+            if fault:
+                faults.append(fault)
             if faults:
+                # What follows is read for its faults alone.
                 continue
-            long += [paths[index]] * (len(audio) > LONGEST)
-            quality[index, 0] = len(audio) / RATE
+            if len(audio) > LONGEST:
+                long.append(paths[index])
             window.append((index, audio.to(self.device, non_blocking=True)))
             frames += 1 + len(audio) // HOP
             if frames > WINDOW_FRAMES:
-                self.embed_window(window, embeddings, quality)
-                window, frames = [], 0
-        self.embed_window(window, embeddings, quality)
-        embeddings, quality = (tools.sum_over_processes(tensor).cpu() for tensor in (embeddings, quality))
-        faults, long = tools.gather(faults), tools.gather(long)
-        if not faults:
-            # Numbers too large for float32 end as NaN, or as zeros where the norm alone is too large.
-            broken = torch.nonzero(~(embeddings.norm(dim=2) > 0).all(dim=1)).flatten().tolist()
-            faults = [f'{paths[i]}: its embedding is zero or not finite; is the model sound?' for i in broken]
-        if faults:
-            raise BadInput('\n'.join([f'{len(faults)} of {len(paths)} files cannot be embedded:', *faults]))
+                self.embed_window(window, embeddings)
+                window = []
+                frames = 0
+        self.embed_window(window, embeddings)
+
+        embeddings = tools.sum_over_processes(embeddings).cpu()
+        refuse(tools.gather(faults) or unusable(embeddings, paths), len(paths))
+        long = tools.gather(long)
         if long:
-            say(f'note          longer than five minutes, so embedded in parts: {len(long)} files, {long[0]} for one')
+            say(
+                'note          longer than five minutes, so embedded in parts: '
+                f'{len(long)} files, {long[0]} for one'
+            )
         embeddings[:, 0] = F.normalize(embeddings[:, 0])
-        quality[:, 1] /= (quality[:, 0] * RATE / LONGEST).ceil()
-        return embeddings.numpy(), quality.numpy()
+        return embeddings.numpy()
 
-    def embed_window(self, window, embeddings, quality):
-        """Fills in embeddings (N, 2, 192) and quality[:, 1], zeros so far, from a list of (index, audio (samples,)).
+    def embed_window(self, window, embeddings):
+        """Fills in embeddings (N, 2, 192), zeros so far, from a list of (index, audio (samples,)).
 
-        Whole utterances of about the same length share a batch. Nothing waits for a GPU.
+        Nothing waits for a GPU.
         """
-        encoder, batch_frames = self.speaker_encoder, BATCH_FRAMES if self.on_gpu else CPU_BATCH_FRAMES
-        parts = ((index, part) for index, audio in window for part in audio.tensor_split(-(-len(audio) // LONGEST)))
-        items = [(index, encoder.features(part[None])) for index, part in parts]
+        batch_frames = BATCH_FRAMES if self.on_gpu else CPU_BATCH_FRAMES
+        self.embed_whole(window, embeddings[:, 0], batch_frames)
+        self.embed_crops(window, embeddings[:, 1], batch_frames)
+
+    def embed_whole(self, window, embeddings, batch_frames):
+        """Adds the unit embeddings of whole utterances, or of their parts, to embeddings (N, 192).
+
+        Utterances of about the same length share a batch.
+        """
+        encoder = self.speaker_encoder
+        items = []
+        for index, audio in window:
+            for part in audio.tensor_split(math.ceil(len(audio) / LONGEST)):
+                items.append((index, encoder.features(part[None])))
         items.sort(key=lambda item: item[1].shape[2], reverse=True)
+
         step = SHAPE_STEP if self.on_gpu else 1
         while items:
-            longest = -(-items[0][1].shape[2] // step) * step
+            longest = step * math.ceil(items[0][1].shape[2] / step)
             size = max(1, batch_frames // longest)
             indices, features = zip(*items[:size])
             items = items[size:]
+
             frames = [x.shape[2] for x in features]
             padded = torch.cat([F.pad(x, (0, longest - x.shape[2])) for x in features])
-            embedding = encoder.encode(padded, None if min(frames) == longest else self.upload(frames))
-            embeddings[:, 0].index_add_(0, self.upload(indices), F.normalize(embedding))
-            quality[:, 1].index_add_(0, self.upload(indices), embedding.norm(dim=1))
+            lengths = None if min(frames) == longest else self.upload(frames)
+            vectors = F.normalize(encoder.encode(padded, lengths))
+            embeddings.index_add_(0, self.upload(indices), vectors)
+
+    def embed_crops(self, window, embeddings, batch_frames):
+        """Sets rows of embeddings (N, 192) to the mean unit embedding of each utterance's crops."""
+        encoder = self.speaker_encoder
         size = max(1, batch_frames // (5 * (1 + EVAL_CROP // HOP)))
         for start in range(0, len(window), size):
             indices, audio = zip(*window[start : start + size])
             crops = torch.cat([eval_crops(samples) for samples in audio])
-            crops = F.normalize(encoder.encode(encoder.features(crops)))
-            embeddings[self.upload(indices), 1] = crops.view(len(audio), 5, -1).mean(dim=1)
+            vectors = F.normalize(encoder.encode(encoder.features(crops)))
+            means = vectors.view(len(audio), 5, -1).mean(dim=1)
+            embeddings[self.upload(indices)] = means
 
     def upload(self, numbers):
         """Integers as a tensor on the device."""
         numbers = torch.tensor(numbers)
-        return numbers.pin_memory().to(self.device, non_blocking=True) if self.on_gpu else numbers
-
-    # Machinery: saving, resuming and loading; below the class, devices and what can be wrong with a checkpoint.
+        if self.on_gpu:
+            return numbers.pin_memory().to(self.device, non_blocking=True)
+        return numbers
 
     def save_parameters(self, path):
-        """Writes the flat state dict of the published format: speaker_encoder.* and speaker_loss.weight."""
+        """Writes the flat state dict of the published format.
+
+        Its names are speaker_encoder.* and speaker_loss.weight.
+        """
         tools.write_whole(path, lambda file: torch.save(self.state_dict(), file))
 
-    def save_training(self, folder, epoch, keep=0, **rest):
-        """Writes model_EPOCH.model and, in model_EPOCH.state, what else a resume needs, with `rest`; then prunes."""
-        broken = [name for name, tensor in self.state_dict().items() if not tensor.isfinite().all()]
-        if broken:
-            raise BadInput(f'epoch {epoch}: {broken[0]} is not finite any more; it is not saved. A lower --lr may help')
-        path = os.path.join(folder, f'model_{epoch:04d}')
-        state = {'epoch': epoch, **rest, 'optim': self.optim.state_dict()}
-        tools.write_whole(f'{path}.state', lambda file: torch.save(state, file))
-        self.save_parameters(f'{path}.model')
-        prune(folder, keep, epoch)
+    def load_parameters(self, path):
+        """Loads a checkpoint; returns the names left out, a classifier of other speakers.
 
-    def resume(self, folder, identity, force=False):
-        """Loads the newest checkpoint of a folder that can be read, with the optimiser's state beside it.
-
-        identity: {option: value} of what changes the numbers of this run, BadInput where the checkpoint's differ unless
-        force is given. Returns the state without the optimiser's, with the options that `changed`; None for no run.
+        Raises BadInput for an encoder that does not fit.
         """
-        path, weights, state = newest_checkpoint(folder)
-        if path is None:
-            return None
-        then = state.pop('identity', {})
-        differ = [name for name in identity if then.get(name, identity[name]) != identity[name]]
-        state['changed'] = [f'--{name} {identity[name]} (was {then[name]})' for name in differ]
-        if differ and not force:
-            remedy = 'Give those it began with (options.txt), choose another --save_path, or add --force.'
-            lines = [
-                f'{folder} holds a run with other options, which would change its numbers:',
-                *state['changed'],
-                remedy,
-            ]
-            raise BadInput('\n'.join(lines))
-        if self.load_parameters(path, weights):
-            counts = f'it has {checkpoint_sizes(weights)[1]} speakers, this run {len(self.speaker_loss.weight)}'
-            remedy = 'choose another --save_path, and --initial_model to start from it'
-            raise BadInput(f'{path}: cannot be continued: {counts}; {remedy}')
-        if 'optim' in state:
-            group = dict(self.optim.param_groups[0])
-            if ('momentum' in state['optim']['param_groups'][0]) != ('momentum' in group):
-                raise BadInput(f'{path}: the optimiser beside it is another one; give the --optimizer it began with')
-            self.optim.load_state_dict(state.pop('optim'))
-            self.optim.param_groups[0]['weight_decay'] = group['weight_decay']
-        else:
-            print(f'{path}: no usable .state beside it; the optimiser starts from the beginning', file=sys.stderr)
-        return state
+        weights, _ = read_checkpoint(path)
+        return load_weights(self, weights, path)
 
-    def load_parameters(self, path, weights=None):
-        """Loads a checkpoint, or the weights that were read from it; returns the names of those left out, a classifier
-        of other speakers. Raises BadInput for an encoder that does not fit.
-        """
-        weights, own = weights or read_checkpoint(path)[0], self.state_dict()
-        shapes, own_shapes = ({name: tensor.shape for name, tensor in tensors.items()} for tensors in (weights, own))
-        unfit = [name for name in own_shapes | shapes if own_shapes.get(name) != shapes.get(name)]
-        encoder = [name for name in unfit if name.startswith('speaker_encoder.')]
-        if encoder:
-            wrong = f'{len(encoder)} tensors are missing, unknown or of another shape, {encoder[0]} for one'
-            sizes = (
-                f'it has {checkpoint_sizes(weights)[0]} channels, the model {self.speaker_encoder.conv1.out_channels}'
-            )
-            raise BadInput(f'{path}: the encoder does not fit: {wrong}; {sizes} (--C)')
-        self.load_state_dict({name: tensor for name, tensor in weights.items() if name not in unfit}, strict=False)
-        self.checkpoint = None
-        return unfit
+
+def ramp(done, begin, end):
+    """0 up to `begin`, 1 from `end` on, a straight line between."""
+    return min(1, max(0, done - begin) / max(1e-9, end - begin))
+
+
+def average_gradients(parameters):
+    """Averages the gradients of parameters over all processes, in one exchange."""
+    total = tools.sum_over_processes(torch.cat([p.grad.flatten() for p in parameters]))
+    parts = (total / process_count()).split([p.numel() for p in parameters])
+    for parameter, part in zip(parameters, parts):
+        parameter.grad = part.view_as(parameter)
+
+
+class TimedBatches:
+    """The batches of a loader, and how long they were waited for."""
+
+    def __init__(self, loader):
+        self.loader = loader
+        self.begin = time.perf_counter()
+        self.waited = 0.0
+
+    def __iter__(self):
+        # The first batch takes as long as the workers take to start, which does not count.
+        asked = None
+        for batch in self.loader:
+            if asked is not None:
+                self.waited += time.perf_counter() - asked
+            yield batch
+            asked = time.perf_counter()
+
+    def seconds(self):
+        """Time since the loader was asked first."""
+        return time.perf_counter() - self.begin
+
+    def share_waited(self):
+        """Share (0 to 1) of that time in which a batch was waited for."""
+        return self.waited / self.seconds()
+
+
+def sum_of_finite(not_seen, epoch, step):
+    """Sum (3,) of what train_step returned for the batches of not_seen, [(batch, results)].
+
+    step: the number of the last of them. Raises Diverged where one is not finite. This is the one
+    place where the host waits for the GPU.
+    """
+    results = torch.stack([result for _, result in not_seen]).cpu().double()
+    finite = results.isfinite().all(dim=1).tolist()
+    if not all(finite):
+        first = finite.index(False)
+        raise Diverged(epoch, step - len(not_seen) + 1 + first, not_seen[first][0])
+    return results.sum(dim=0)
 
 
 class Diverged(BadInput):
-    """A loss or gradient that is not finite, at `step` (from 1) of `epoch`; `batch` is its (waveforms, labels)."""
+    """A loss or gradient that is not finite, at `step` (from 1) of `epoch`.
+
+    `batch` is its (waveforms, labels).
+    """
 
     def __init__(self, epoch, step, batch):
         super().__init__(f'epoch {epoch}, step {step}: the loss or a gradient is not finite')
-        self.epoch, self.step, self.batch = epoch, step, batch
+        self.epoch = epoch
+        self.step = step
+        self.batch = batch
 
 
-def choose_device(name='auto'):
-    """torch.device of 'auto' (cuda if there is one, else cpu) or of a device's name; BadInput if it is not there."""
-    there = glob.glob('/dev/nvidia[0-9]*') if os.environ.get('CUDA_VISIBLE_DEVICES') not in ('', '-1') else []
-    hint = ' (this machine has a GPU: update its driver, or give --device cpu)' if there and name == 'auto' else ''
-    try:
-        # A GPU that cannot be used is an error: two days on the CPU by accident would be a lost run.
-        device = torch.device(name if name != 'auto' else 'cuda' if hint or torch.cuda.is_available() else 'cpu')
-        torch.empty(0, device=device)
-        if device.type == 'cuda' and device.index:
-            torch.cuda.set_device(device)  # or PyTorch would put some of its own things on the first GPU
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(f'--device {name}: not available here: {tools.summary(error)}{hint}') from error
-    return device
+def unusable(embeddings, paths):
+    """Sentences on the files whose embeddings (N, 2, 192) are zero or not finite."""
+    # Numbers too large for float32 end as NaN, or as zeros where the norm alone is too large. The
+    # comparison is false for NaN.
+    usable = (embeddings.norm(dim=2) > 0).all(dim=1)
+    rows = torch.nonzero(~usable).flatten().tolist()
+    return [f'{paths[i]}: its embedding is zero or not finite; is the model sound?' for i in rows]
 
 
-def load_model(path, **kwargs):
-    """ECAPAModel with the sizes and the weights of a checkpoint, which its `checkpoint` names: {'path', 'sha256'}.
+def refuse(faults, count):
+    """Raises BadInput that names every fault of `count` files, if there is one."""
+    if faults:
+        raise BadInput('\n'.join([f'{len(faults)} of {count} files cannot be embedded:', *faults]))
 
-    kwargs: as ECAPAModel's, such as device. Raises BadInput for a C or n_class that contradicts the checkpoint.
+
+# Machinery: cohorts; saving, resuming and loading; what can be wrong with a checkpoint; devices.
+
+
+def load_cohort(system, checkpoint, files):
+    """What embed_speakers returns for files, kept beside the checkpoint for the next time.
+
+    checkpoint: {'path', 'sha256'} of the system's weights; files: what choose_cohort returns, None
+    for no cohort.
     """
-    weights, sha256 = read_checkpoint(path)
-    sizes = dict(zip(('C', 'n_class'), checkpoint_sizes(weights)))
-    for name, found in sizes.items():
-        if kwargs.get(name) not in (None, found):
-            raise BadInput(f'--{name} {kwargs[name]} contradicts {path}, where it is {found}; leave it out')
-    options = {'lr': 0.001, 'lr_decay': 0.97, 'm': 0.2, 's': 30, 'test_step': 1, **kwargs, **sizes}
-    system = ECAPAModel(**options)
-    system.load_parameters(path, weights)
-    system.checkpoint = {'path': path, 'sha256': sha256}
+    if files is None:
+        return None
+    path = f'{checkpoint["path"]}.cohort.npz'
+    key = f'{checkpoint["sha256"]} {tools.sha256(os.fsencode(repr((files, None))))}'
+    cohort = read_cohort(path, key)
+    # One process may read the file just before another one writes it.
+    if all(tools.gather([cohort is not None])):
+        return cohort
+
+    cohort = system.embed_speakers(files)
+    if process_rank() == 0:
+        try:
+            tools.write_whole(path, lambda file: np.savez(file, key=key, cohort=cohort))
+        except BadInput as error:
+            say(f'note          the cohort is not kept: {error}')
+    return cohort
+
+
+def read_cohort(path, key):
+    """The cohort in a file of load_cohort; None where there is none, or it is another one."""
+    broken = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile)
+    with contextlib.suppress(*broken), np.load(path) as kept:
+        if str(kept['key']) == key:
+            return kept['cohort']
+    return None
+
+
+class Done(NamedTuple):
+    """The last epoch that a run has finished (0: none), and its figures, None where not known."""
+
+    epoch: int = 0
+    loss: float | None = None
+    lr: float | None = None
+    accuracy: float | None = None
+
+
+def save_training(system, folder, done, identity, keep=0):
+    """Writes model_EPOCH.model and, in model_EPOCH.state, what else a resume needs; then prunes.
+
+    done: Done; identity: {option: value} of what changes the numbers of the run. Raises BadInput
+    for weights that are not finite.
+    """
+    for name, tensor in system.state_dict().items():
+        if not tensor.isfinite().all():
+            raise BadInput(
+                f'epoch {done.epoch}: {name} is not finite any more; it is not saved. A lower --lr '
+                'may help'
+            )
+    path = os.path.join(folder, f'model_{done.epoch:04d}')
+    state = {**done._asdict(), 'identity': identity, 'optim': system.optim.state_dict()}
+    tools.write_whole(f'{path}.state', lambda file: torch.save(state, file))
+    system.save_parameters(f'{path}.model')
+    prune(folder, keep, done.epoch)
+
+
+def resume(system, folder, identity, force=False):
+    """Loads the newest checkpoint of a folder that can be read, with the optimiser's state.
+
+    identity: {option: value} of what changes the numbers of this run. Returns (Done, the options
+    that changed, as text), and (None, []) for no run. Raises BadInput where the checkpoint's
+    identity differs, unless force is given.
+    """
+    path, weights, state = newest_checkpoint(folder)
+    if path is None:
+        return None, []
+
+    saved_identity = state.get('identity', {})
+    changes = []
+    for name, value in identity.items():
+        saved = saved_identity.get(name, value)
+        if saved != value:
+            changes.append(f'--{name} {value} (was {saved})')
+    if changes and not force:
+        raise BadInput(
+            '\n'.join(
+                [
+                    f'{folder} holds a run with other options, which would change its numbers:',
+                    *changes,
+                    'Give those it began with (options.txt), choose another --save_path, or add '
+                    '--force.',
+                ]
+            )
+        )
+
+    if load_weights(system, weights, path):
+        _, speakers = checkpoint_sizes(weights)
+        raise BadInput(
+            f'{path}: cannot be continued: it has {speakers} speakers, this run '
+            f'{len(system.speaker_loss.weight)}; choose another --save_path, and --initial_model '
+            'to start from it'
+        )
+    if 'optim' in state:
+        load_optimiser(system.optim, state['optim'], path)
+    else:
+        print(
+            f'{path}: no usable .state beside it; the optimiser starts from the beginning',
+            file=sys.stderr,
+        )
+    figures = {name: state.get(name) for name in Done._fields}
+    return Done(**figures), changes
+
+
+def load_optimiser(optim, saved, path):
+    """Loads a saved state of an optimiser; its weight decay stays. BadInput for another kind."""
+    group = optim.param_groups[0]
+    if ('momentum' in saved['param_groups'][0]) != ('momentum' in group):
+        raise BadInput(
+            f'{path}: the optimiser beside it is another one; give the --optimizer it began with'
+        )
+    weight_decay = group['weight_decay']
+    optim.load_state_dict(saved)
+    optim.param_groups[0]['weight_decay'] = weight_decay
+
+
+def load_weights(system, weights, path):
+    """Loads a state dict, read from `path`; returns the names left out.
+
+    These are those of a classifier of other speakers. Raises BadInput for an encoder that does not
+    fit.
+    """
+    own = system.state_dict()
+    unfit = []
+    for name in own | weights:
+        if name not in own or name not in weights or own[name].shape != weights[name].shape:
+            unfit.append(name)
+    encoder = [name for name in unfit if name.startswith('speaker_encoder.')]
+    if encoder:
+        channels, _ = checkpoint_sizes(weights)
+        raise BadInput(
+            f'{path}: the encoder does not fit: {len(encoder)} tensors are missing, unknown or of '
+            f'another shape, {encoder[0]} for one; it has {channels} channels, the model '
+            f'{system.speaker_encoder.conv1.out_channels} (--C)'
+        )
+    fitting = {name: tensor for name, tensor in weights.items() if name not in unfit}
+    system.load_state_dict(fitting, strict=False)
+    return unfit
+
+
+def load_model(path, **options):
+    """ECAPAModel with the sizes and the weights of a checkpoint.
+
+    options: as ECAPAModel's, such as device. Raises BadInput for a C or n_class that contradicts
+    the checkpoint.
+    """
+    weights, _ = read_checkpoint(path)
+    return model_of(weights, path, **options)
+
+
+def load_model_of(args):
+    """(ECAPAModel of --initial_model, {'path', 'sha256'} of it) with a command's other options."""
+    if not args.initial_model:
+        raise BadInput('--initial_model is needed: the checkpoint to score')
+    weights, sha256 = read_checkpoint(args.initial_model)
+    if args.precision == 'exact':
+        torch.backends.cudnn.allow_tf32 = False
+    system = model_of(weights, args.initial_model, **own_options(args))
+    return system, {'path': args.initial_model, 'sha256': sha256}
+
+
+def own_options(args):
+    """Those of a command's options that ECAPAModel has."""
+    names = inspect.signature(ECAPAModel).parameters
+    return {name: value for name, value in vars(args).items() if name in names}
+
+
+def model_of(weights, path, **options):
+    """ECAPAModel with the weights that were read from `path`; options: as in load_model."""
+    C, n_class = checkpoint_sizes(weights)
+    for name, size in (('C', C), ('n_class', n_class)):
+        wanted = options.pop(name, None)
+        if wanted not in (None, size):
+            raise BadInput(
+                f'--{name} {wanted} contradicts {path}, where it is {size}; leave it out'
+            )
+    training = {'lr': 0.001, 'lr_decay': 0.97, 'm': 0.2, 's': 30, 'test_step': 1}
+    system = ECAPAModel(C=C, n_class=n_class, **{**training, **options})
+    load_weights(system, weights, path)
     return system
 
 
 def prune(folder, keep, epoch):
-    """Removes from a run's folder what a kill left and, up to an epoch, all but 2 states and `keep` models (0: all)."""
+    """Removes half-written files and, up to an epoch, older checkpoints.
+
+    The newest 2 states and `keep` models stay (0 keeps all).
+    """
+    newest_state = os.path.join(folder, f'model_{epoch:04d}.state')
     states = sorted(glob.glob(glob.escape(folder) + '/model_*.state'))
-    old = [path for path in states if path <= os.path.join(folder, f'model_{epoch:04d}.state')][:-2]
-    models = [path for path, saved in saved_models(folder).items() if saved <= epoch]
-    for path in old + (models[keep:] if keep else []) + glob.glob(glob.escape(folder) + '/*.part'):
+    states = [path for path in states if path <= newest_state]
+    removed = states[:-2]
+    if keep:
+        models = [path for path, saved in saved_models(folder).items() if saved <= epoch]
+        removed += models[keep:]
+    removed += glob.glob(glob.escape(folder) + '/*.part')
+    for path in removed:
         with contextlib.suppress(OSError):
             os.remove(path)
 
 
 def saved_models(folder):
     """{path of a checkpoint: its epoch} in a run's folder of models, the newest first."""
-    paths = sorted(glob.glob(glob.escape(folder) + '/model_[0-9]*.model'), reverse=True)
-    epochs = [re.fullmatch(r'model_(\d+)\.model', os.path.basename(path)) for path in paths]
-    return {path: int(epoch[1]) for path, epoch in zip(paths, epochs) if epoch}
+    models = {}
+    for path in sorted(glob.glob(glob.escape(folder) + '/model_[0-9]*.model'), reverse=True):
+        match = re.fullmatch(r'model_(\d+)\.model', os.path.basename(path))
+        if match:
+            models[path] = int(match[1])
+    return models
 
 
 def newest_checkpoint(folder):
-    """(path, weights, state) of the newest of a run's checkpoints that can be read, preferring those with a state; None
-    where there is none. Says on standard error which files cannot be used.
+    """(path, weights, state) of the newest of a run's checkpoints that can be read.
+
+    Those with a state are preferred; (None, None, None) where there is none. Says on standard error
+    which files cannot be used.
     """
     without_state = None, None, None
     for path, epoch in saved_models(folder).items():
         state_path = path.removesuffix('.model') + '.state'
-        if without_state[0] and not os.path.exists(state_path):
+        has_state = os.path.exists(state_path)
+        if without_state[0] and not has_state:
             continue
         try:
             weights, _ = read_checkpoint(path)
             if not without_state[0]:
                 without_state = path, weights, {'epoch': epoch}
-            if os.path.exists(state_path):
-                state, _ = read_file(state_path, 'the state of a training run')
-                optim = state.get('optim') if isinstance(state, dict) else None
-                if not isinstance(optim, dict) or 'param_groups' not in optim or state.get('epoch') != epoch:
-                    raise BadInput(f'{state_path}: not the state of a training run after epoch {epoch}')
-                return path, weights, state
+            if has_state:
+                return path, weights, read_state(state_path, epoch)
         except BadInput as error:
             print(f'{error}\nlooking for a checkpoint before it', file=sys.stderr)
     return without_state
 
 
+def read_state(path, epoch):
+    """What save_training wrote beside a checkpoint; BadInput where it is something else."""
+    state, _ = read_file(path, 'the state of a training run')
+    optim = state.get('optim') if isinstance(state, dict) else None
+    if not isinstance(optim, dict) or 'param_groups' not in optim or state.get('epoch') != epoch:
+        raise BadInput(f'{path}: not the state of a training run after epoch {epoch}')
+    return state
+
+
 def read_checkpoint(path):
-    """(State dict, SHA-256) of a checkpoint; BadInput if it is missing, damaged or no checkpoint of this model."""
+    """(State dict, SHA-256) of a checkpoint.
+
+    Raises BadInput if it is missing, damaged or no checkpoint of this model.
+    """
     if not os.path.isfile(path):
         raise BadInput(f'--initial_model: {path}: no such checkpoint')
     state, sha256 = read_file(path, 'a checkpoint')
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
-        for name, tensor in state.items()
-    ):
-        raise BadInput(f'{path}: not a checkpoint of this model: a flat dictionary of tensors was expected')
+    if not is_flat_dictionary(state):
+        raise BadInput(
+            f'{path}: not a checkpoint of this model: a flat dictionary of tensors was expected'
+        )
     state = {name.removeprefix('module.'): tensor for name, tensor in state.items()}
-    for name, shape in (('speaker_encoder.conv1.weight', (80, 5)), ('speaker_loss.weight', (192,))):
+    expected = {'speaker_encoder.conv1.weight': (80, 5), 'speaker_loss.weight': (192,)}
+    for name, shape in expected.items():
         if name not in state or state[name].shape[1:] != shape or not len(state[name]):
-            raise BadInput(f'{path}: not a checkpoint of this model: {name} is missing or has another shape')
-    broken = [name for name, tensor in state.items() if not tensor.float().isfinite().all()]
-    if broken:
-        raise BadInput(f'{path}: holds numbers that are not finite, in {broken[0]}')
+            raise BadInput(
+                f'{path}: not a checkpoint of this model: {name} is missing or has another shape'
+            )
+    for name, tensor in state.items():
+        if not tensor.float().isfinite().all():
+            raise BadInput(f'{path}: holds numbers that are not finite, in {name}')
     return state, sha256
 
 
-def cohort_digest(files, top_n=None):
-    """SHA-256 of which files make a cohort, and how many speakers of it normalise a score."""
-    return tools.digest(os.fsencode(repr((files, top_n))))
+def is_flat_dictionary(state):
+    """Whether something is a dictionary of names and plain tensors."""
+    if not isinstance(state, dict):
+        return False
+    return all(
+        isinstance(name, str)
+        and isinstance(tensor, torch.Tensor)
+        and tensor.layout == torch.strided
+        for name, tensor in state.items()
+    )
 
 
 def checkpoint_sizes(state):
@@ -529,7 +788,10 @@ def checkpoint_sizes(state):
 
 
 def read_file(path, role):
-    """(What torch.save wrote, on the CPU; SHA-256), executing nothing in the file; BadInput says what it is instead."""
+    """(What torch.save wrote, on the CPU; SHA-256), running nothing that is in the file.
+
+    Raises BadInput that says what the file is instead.
+    """
     content = b''
     try:
         with open(path, 'rb') as file:
@@ -540,18 +802,53 @@ def read_file(path, role):
                 damaged = archive.testzip()
             if damaged:
                 raise zipfile.BadZipFile(f'the checksum of {damaged} is wrong')
-        return torch.load(io.BytesIO(content), map_location='cpu', weights_only=True), tools.digest(content)
+        loaded = torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
+        return loaded, tools.sha256(content)
     except Exception as error:
         # torch.load raises a dozen types for damaged files, none of them its own.
-        code = re.search(r'GLOBAL (\S+)', str(error))
-        if isinstance(error, OSError) and error.strerror:
-            why = error.strerror
-        elif code:
-            why = f'it would run code on loading ({code[1]}), where only tensors are expected; refused'
-        elif not content:
-            why = 'it is empty (0 bytes)'
-        elif content.startswith(b'PK'):
-            why = f'it is damaged or cut short, at {len(content):,} bytes ({tools.summary(error)})'
-        else:
-            why = f'it is no PyTorch file: {len(content):,} bytes that begin with {content[:24]!r}'
+        why = why_unreadable(content, error)
         raise BadInput(f'{path}: cannot be read as {role}: {why}') from error
+
+
+def why_unreadable(content, error):
+    """Why bytes cannot be loaded by torch.load, which raised `error`."""
+    code = re.search(r'GLOBAL (\S+)', str(error))
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if code:
+        return f'it would run code on loading ({code[1]}), where only tensors are expected; refused'
+    if not content:
+        return 'it is empty (0 bytes)'
+    if content.startswith(b'PK'):
+        return f'it is damaged or cut short, at {len(content):,} bytes ({tools.summary(error)})'
+    return f'it is no PyTorch file: {len(content):,} bytes that begin with {content[:24]!r}'
+
+
+def choose_device(name='auto'):
+    """torch.device of a device's name, or of 'auto': cuda if there is a GPU, else cpu.
+
+    Raises BadInput where the device cannot be used.
+    """
+    chosen = name
+    if name == 'auto':
+        # A GPU that cannot be used is an error: two days on the CPU by accident are a lost run.
+        chosen = 'cuda' if torch.cuda.is_available() or has_nvidia_gpu() else 'cpu'
+    try:
+        device = torch.device(chosen)
+        torch.empty(0, device=device)
+        if device.type == 'cuda' and device.index:
+            # Or PyTorch would put some of its own things on the first GPU.
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as error:
+        message = f'--device {name}: not available here: {tools.summary(error)}'
+        if name == 'auto':
+            message += ' (this machine has a GPU: update its driver, or give --device cpu)'
+        raise BadInput(message) from error
+    return device
+
+
+def has_nvidia_gpu():
+    """Whether this machine shows a GPU of NVIDIA, which CUDA_VISIBLE_DEVICES does not hide."""
+    if os.environ.get('CUDA_VISIBLE_DEVICES') in ('', '-1'):
+        return False
+    return bool(glob.glob('/dev/nvidia[0-9]*'))

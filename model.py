@@ -259,10 +259,7 @@ class Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, logits=None):
-        if logits is None:
-            weights = x.new_ones(()) / x.shape[2]
-        else:
-            weights = logits.softmax(dim=2)
+        weights = x.new_ones(()) / x.shape[2] if logits is None else logits.softmax(dim=2)
         product = weights * x
         mean = product.sum(dim=2)
         mean_square = product.mul_(x).sum(dim=2)

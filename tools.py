@@ -1,14 +1,23 @@
-"""Measures: EER, minDCF, accuracy, scores of trials and their normalisation. Below them: files, processes, errors."""
+"""What all stand on: 1 measures, 2 what a run writes, 3 options, processes, log and errors."""
 
+import argparse
 import contextlib
+import functools
+import glob
 import hashlib
+import io
+import json
+import math
 import os
 import platform
 import re
+import shlex
 import signal
+import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,108 +26,149 @@ from scipy.special import logit
 from sklearn.isotonic import IsotonicRegression
 from sklearn.metrics import roc_curve
 
-FIGURES = ('EER', 'minDCF(0.01)', 'minDCF(0.05)')  # the prior of a target with minDCF; both costs are 1
-SCORE_LINE = '%d epoch, LR %f, LOSS %f, ACC %2.2f%%, EER %2.2f%%, bestEER %2.2f%%\n'
-SCORE_PATTERN = re.compile(r'(\d+) epoch, LR (\S+), LOSS (\S+), ACC (\S+)%, EER (\S+)%, bestEER (\S+)%\n', re.ASCII)
+FIGURES = ('EER', 'minDCF(0.01)', 'minDCF(0.05)')  # the prior of a target with minDCF; both costs 1
 
 
-def score_pairs(embeddings, pairs):
-    """Scores (N,) of pairs (N, 2) of rows of embeddings (files, 2, 192), as ECAPAModel.embed_files makes them.
+# 1. Measures: scores of trials and their normalisation; EER, minDCF and Cllr; accuracy.
 
-    A score is half the cosine of the whole utterances plus half the mean cosine of the 25 pairs of their crops.
+
+class Scored(NamedTuple):
+    """Scores (N,) of a trial list, and their figures: what operating_points returns."""
+
+    scores: np.ndarray
+    figures: dict
+
+
+def score_kinds(embeddings, pairs, cohort=None, top_n=None, subtract_mean=False):
+    """All kinds of scores {kind: (N,)} of pairs (N, 2) of rows of embeddings (files, 2, 192).
+
+    embeddings: as ECAPAModel.embed_files makes them, or means of these; cohort: (speakers, 2, 192).
+    'raw' is always there. With top_n there is 'asnorm', by the top_n closest speakers of the
+    cohort. With subtract_mean there is 'centred', and with top_n 'centred asnorm': of both vectors
+    of a file less the cohort's mean, then of unit length, so that crops count by the cosine of
+    their means; the cohort's likewise.
     """
-    vectors = embeddings.reshape(len(embeddings), -1)
-    scores = np.empty(len(pairs), vectors.dtype)
-    for start in range(0, len(pairs), 4096):
-        first, second = pairs[start : start + 4096].T
-        scores[start : start + 4096] = 0.5 * np.einsum('nd,nd->n', vectors[first], vectors[second])
+    # The mean of several utterances' whole embeddings is shorter than 1.
+    vectors = embeddings.copy()
+    vectors[:, 0] = unit_length(vectors[:, 0])
+    scores = {'raw': score_pairs(vectors, pairs)}
+    if top_n:
+        scores['asnorm'] = as_norm(scores['raw'], vectors, pairs, cohort, top_n)
+    if subtract_mean:
+        mean = cohort.mean(axis=0)
+        vectors = unit_length(embeddings - mean)
+        scores['centred'] = score_pairs(vectors, pairs)
+        if top_n:
+            speakers = unit_length(cohort - mean)
+            scores['centred asnorm'] = as_norm(scores['centred'], vectors, pairs, speakers, top_n)
     return scores
 
 
-def as_norm(scores, embeddings, pairs, cohort, top_n, moments=None):
-    """Adaptive symmetric score normalisation (Matejka et al., Interspeech 2017, eq. 3 and 4), float32 (N,), of scores
-    (N,) of pairs (N, 2) of rows of embeddings (files, 2, 192); cohort, top_n: as in cohort_moments, `moments` if known.
+def unit_length(vectors):
+    """Vectors (..., 192) scaled to length 1."""
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def score_pairs(embeddings, pairs):
+    """Scores (N,) of pairs (N, 2) of rows of embeddings (files, 2, 192).
+
+    A score is half the cosine of the whole utterances plus half the mean cosine of the 25 pairs of
+    their crops.
     """
-    mean, std = cohort_moments(embeddings, cohort, top_n) if moments is None else moments
+    vectors = embeddings.reshape(len(embeddings), -1)
+    scores = np.empty(len(pairs), vectors.dtype)
+    # In blocks, as the vectors of all pairs of a long list would fill the memory.
+    for start in range(0, len(pairs), 4096):
+        block = slice(start, start + 4096)
+        enrolment, test = pairs[block].T
+        scores[block] = 0.5 * np.einsum('nd,nd->n', vectors[enrolment], vectors[test])
+    return scores
+
+
+def as_norm(scores, embeddings, pairs, cohort, top_n):
+    """Adaptive symmetric score normalisation (Matejka et al., Interspeech 2017, eq. 3 and 4).
+
+    scores: (N,) of pairs (N, 2) of rows of embeddings (files, 2, 192); cohort, top_n: as in
+    cohort_moments. Returns float32 (N,).
+    """
+    mean, std = cohort_moments(embeddings, cohort, top_n)
     return ((scores[:, None] - mean[pairs]) / std[pairs]).mean(axis=1)
 
 
 def cohort_moments(embeddings, cohort, top_n):
-    """Mean and deviation, float32 (2, files), of the top_n highest scores of each file against a cohort.
+    """Mean and deviation of the top_n highest scores of each file against a cohort.
 
-    embeddings: (files, 2, 192); cohort: (speakers, 2, 192), scored against each file as a trial is, all of them if they
-    are fewer than top_n. Raises BadInput where a file's cohort scores do not differ.
+    embeddings: (files, 2, 192); cohort: (speakers, 2, 192), scored against each file as a trial is,
+    all of them if they are fewer than top_n. Returns float32 (2, files). Raises BadInput where a
+    file's cohort scores do not differ.
     """
     top_n = min(top_n, len(cohort))
-    cohort = torch.from_numpy(0.5 * cohort.reshape(len(cohort), -1)).T
+    speakers = torch.from_numpy(0.5 * cohort.reshape(len(cohort), -1)).T
     vectors = torch.from_numpy(embeddings.reshape(len(embeddings), -1))
-    found = np.empty((2, len(vectors)), np.float32)
+    moments = np.empty((2, len(vectors)), np.float32)
 
     def fill_in(rows, scores):
         # NumPy selects faster than torch.topk, and in several threads.
         closest = np.partition(scores, -top_n, axis=1)[:, -top_n:]
-        found[:, rows] = closest.mean(axis=1), closest.std(axis=1)
+        moments[0, rows] = closest.mean(axis=1)
+        moments[1, rows] = closest.std(axis=1)
 
     with ThreadPoolExecutor(available_cpus()) as pool:
         for rows in np.array_split(np.arange(len(vectors)), len(vectors) // 4096 + 1):
+            scores = (vectors[rows] @ speakers).numpy()
             parts = np.array_split(rows, available_cpus())
-            list(pool.map(fill_in, parts, np.array_split((vectors[rows] @ cohort).numpy(), len(parts))))
-    if not found[1].min() > 0:
-        raise BadInput('the cohort cannot normalise: all its speakers score the same; give more speakers or --top_n')
-    return found
+            list(pool.map(fill_in, parts, np.array_split(scores, len(parts))))
+
+    # Written so that NaN is refused too.
+    if not moments[1].min() > 0:
+        raise BadInput(
+            'the cohort cannot normalise: all its speakers score the same; give more speakers, or '
+            'more of them with --top_n'
+        )
+    return moments
 
 
-def calibration_inputs(scores, quality, pairs):
-    """What a calibration weights, (N, 1 + 2 M): scores (N,) of pairs (N, 2) of files and, of each of the quality
-    measures (M of (files,)), the smaller and the larger one of a pair.
+def operating_points(scores, labels):
+    """{figure: {'value', 'threshold'}} of scores (N,) with labels (N,) for each of FIGURES.
+
+    A trial is accepted above the threshold. The EER is in percent.
     """
-    return np.column_stack([scores, *[np.sort(measure[pairs], axis=1) for measure in quality]])
-
-
-def log_likelihood_ratios(calibration, scores, measures, pairs):
-    """Natural logarithms of likelihood ratios (N,), by what exps.calibrate fitted, of what score_pairs returns."""
-    quality = [measures[name] for name in calibration['quality']]
-    return (
-        calibration_inputs(scores[calibration['kind']], quality, pairs) @ calibration['weights'] + calibration['bias']
-    )
-
-
-def calibration_figures(ratios, labels):
-    """{figure: {'value'}} of log-likelihood ratios (N,): Cllr in bits (Brümmer and du Preez, 2006), the least Cllr that
-    a monotone function of them has, and the costs at Bayes thresholds beside the minDCFs of operating_points.
-    """
-
-    def cllr(ratios):
-        return np.mean([np.logaddexp(0, s).mean() for s in (-ratios[labels == 1], ratios[labels == 0])]) / np.log(2)
-
-    best = logit(IsotonicRegression().fit_transform(ratios, labels)) - logit(labels.mean())
-    figures = {'Cllr': cllr(ratios), 'minCllr': cllr(best)}
+    fnrs, fprs, thresholds = ComputeErrorRates(scores, labels)
+    _, eer, _, _ = tuneThresholdfromScore(scores, labels, [1])
+    points = {'EER': (eer, thresholds[np.argmin(np.abs(fnrs - fprs))])}
     for prior in (0.01, 0.05):
-        accepted = ratios > -logit(prior)
-        figures[f'actDCF({prior})'] = np.mean(~accepted[labels == 1]) + np.mean(accepted[labels == 0]) * (1 / prior - 1)
-    return {name: {'value': float(value)} for name, value in figures.items()}
+        points[f'minDCF({prior})'] = ComputeMinDcf(fnrs, fprs, thresholds, prior, 1, 1)
+    return {
+        name: {'value': float(value), 'threshold': float(threshold)}
+        for name, (value, threshold) in points.items()
+    }
 
 
 def tuneThresholdfromScore(scores, labels, target_fa, target_fr=None):
-    """Operating points on the ROC of scores (N,) with labels (N,), 1 (same speaker) or 0; target_fa, target_fr: rates.
+    """Operating points on the ROC of scores (N,) with labels (N,), 1 (same speaker) or 0.
 
-    Returns (thresholds, EER in percent, fpr, fnr): a [threshold, fpr, fnr] for each wanted rate (misses first), and
-    the two rates along the ROC. The EER is the larger of the two rates where they are closest.
+    target_fa, target_fr: wanted rates of false alarms and of misses. Returns (thresholds, EER in
+    percent, fpr, fnr): a [threshold, fpr, fnr] for each wanted rate (misses first), and the two
+    rates along the ROC. The EER is the larger of the two rates where they are closest.
     """
     fpr, tpr, thresholds = roc_curve(labels, scores, pos_label=1)
     fnr = 1 - tpr
+
     tuned = []
-    for rates, targets in ((fnr, target_fr or []), (fpr, target_fa)):
-        for target in targets:
-            nearest = np.nanargmin(np.abs(target - rates))
+    for rates, wanted in ((fnr, target_fr or []), (fpr, target_fa)):
+        for rate in wanted:
+            nearest = np.nanargmin(np.abs(rate - rates))
             tuned.append([thresholds[nearest], fpr[nearest], fnr[nearest]])
+
     nearest = np.nanargmin(np.abs(fnr - fpr))
     return tuned, max(fpr[nearest], fnr[nearest]) * 100, fpr, fnr
 
 
 def ComputeErrorRates(scores, labels):
-    """(Misses, false alarms, thresholds), (N,) each: the rates with every score in ascending order as the threshold; a
-    trial is accepted above it. Equal scores are passed one at a time in their given order, as in the published code.
+    """(Misses, false alarms, thresholds), (N,) each, of scores (N,) with labels (N,), 1 or 0.
+
+    Every score in ascending order is a threshold, above which a trial is accepted. Equal scores are
+    not grouped: each is a threshold of its own, in the order given, as in the published code.
     """
     order = np.argsort(scores, kind='stable')
     labels = np.asarray(labels)[order].astype(np.int64)
@@ -129,63 +179,69 @@ def ComputeErrorRates(scores, labels):
 
 
 def ComputeMinDcf(fnrs, fprs, thresholds, p_target, c_miss, c_fa):
-    """Minimum of the normalised detection cost (NIST SRE 2008) over the thresholds, and the threshold it is at."""
+    """Minimum of the normalised detection cost (NIST SRE 2008), and the threshold it is at."""
     costs = c_miss * np.asarray(fnrs) * p_target + c_fa * np.asarray(fprs) * (1 - p_target)
     best = np.argmin(costs)
     return costs[best] / min(c_miss * p_target, c_fa * (1 - p_target)), thresholds[best]
 
 
-def operating_points(scores, labels):
-    """{figure: {'value', 'threshold'}} of (N,) scores for each of FIGURES; a trial is accepted above the threshold."""
-    rates = ComputeErrorRates(scores, labels)
-    eer = tuneThresholdfromScore(scores, labels, [1])[1]
-    points = [(eer, rates[2][np.argmin(np.abs(rates[0] - rates[1]))])]
-    points += [ComputeMinDcf(*rates, p_target, 1, 1) for p_target in (0.01, 0.05)]
-    return {name: {'value': float(value), 'threshold': float(at)} for name, (value, at) in zip(FIGURES, points)}
+def calibration_figures(ratios, labels):
+    """{figure: {'value'}} of natural log-likelihood ratios (N,) with labels (N,), 1 or 0.
+
+    Cllr in bits (Brümmer and du Preez, 2006), the least Cllr that a monotone function of the
+    ratios has, and the costs at Bayes thresholds beside the minDCFs of operating_points.
+    """
+    # The isotonic fit gives the share of targets at each ratio; the odds of the list are taken off.
+    shares = IsotonicRegression().fit_transform(ratios, labels)
+    best = logit(shares) - logit(labels.mean())
+    figures = {'Cllr': log_cost(ratios, labels), 'minCllr': log_cost(best, labels)}
+    for prior in (0.01, 0.05):
+        accepted = ratios > -logit(prior)
+        misses = np.mean(~accepted[labels == 1])
+        false_alarms = np.mean(accepted[labels == 0])
+        figures[f'actDCF({prior})'] = misses + false_alarms * (1 / prior - 1)
+    return {name: {'value': float(value)} for name, value in figures.items()}
+
+
+def log_cost(ratios, labels):
+    """Cllr in bits of natural log-likelihood ratios (N,) with labels (N,), 1 or 0."""
+    targets = np.logaddexp(0, -ratios[labels == 1]).mean()
+    others = np.logaddexp(0, ratios[labels == 0]).mean()
+    return (targets + others) / 2 / np.log(2)
 
 
 def accuracy(output, target, topk=(1,)):
-    """Percentages of rows of output (B, classes) whose target (B,) is among the k largest: a (1,) tensor for each k."""
+    """Percentages of rows of output (B, classes) whose target (B,) is among the k largest.
+
+    Returns a (1,) tensor for each k of topk.
+    """
     _, predictions = output.topk(max(topk), dim=1)
     correct = predictions == target.view(-1, 1)
     return [correct[:, :k].any(dim=1).float().mean().mul(100).view(1) for k in topk]
 
 
-# Machinery: the results folder, files that are whole or not there, processes that train together, errors for people.
+# 2. What a run writes: score.txt, options.txt, results.json and scores; files that are whole.
+
+SCORE_LINE = '%d epoch, LR %f, LOSS %f, ACC %2.2f%%, EER %2.2f%%, bestEER %2.2f%%\n'
+SCORE_PATTERN = re.compile(
+    r'(\d+) epoch, LR (\S+), LOSS (\S+), ACC (\S+)%, EER (\S+)%, bestEER (\S+)%\n', re.ASCII
+)
+PACKAGES = ('torch', 'torchaudio', 'numpy', 'scipy', 'scikit-learn', 'soundfile')
 
 
 def init_args(args):
-    """Sets args.score_save_path and args.model_save_path below args.save_path, and makes the folders."""
+    """Sets args.score_save_path and model_save_path below args.save_path; makes the folders."""
     args.score_save_path = os.path.join(args.save_path, 'score.txt')
     args.model_save_path = os.path.join(args.save_path, 'model')
     os.makedirs(args.model_save_path, exist_ok=True)
     return args
 
 
-def lock_folder(folder):
-    """Keeps other runs out of a folder: run.lock in it, locked until closed or the process ends; else BadInput."""
-    file = open(os.path.join(folder, 'run.lock'), 'a+', encoding='utf-8')
-    try:
-        import fcntl
-
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        return file  # Windows has no such locks
-    except (BlockingIOError, PermissionError) as error:
-        file.seek(0)
-        other = f'another run is at work there, {file.read().strip() or "just started"}'
-        raise BadInput(f'--save_path {folder}: {other}; wait for it, stop it, or choose another folder') from error
-    except OSError as error:
-        print(f'{file.name}: this disk has no locks ({error.strerror}): do not start a second run', file=sys.stderr)
-    file.truncate(0)
-    file.write(f'process {os.getpid()} on host {platform.node()}\n')
-    file.flush()
-    return file
-
-
 def read_scores(path):
-    """The lines of a score.txt as tuples (epoch, lr, loss, accuracy %, EER %, best EER %), oldest first; none of a
-    missing file. Raises BadInput, with the line number, on a line of another format.
+    """The lines of a score.txt, oldest first; none of a missing file.
+
+    A line is a tuple (epoch, lr, loss, accuracy %, EER %, best EER %). Raises BadInput, with the
+    line number, on a line of another format.
     """
     scores = []
     if not os.path.exists(path):
@@ -194,71 +250,184 @@ def read_scores(path):
         for number, line in enumerate(lines, 1):
             match = SCORE_PATTERN.fullmatch(line)
             if not match:
-                raise BadInput(f'{path}, line {number}: not a line of a score.txt: {line.strip()!r}')
-            scores.append((int(match[1]), *map(float, match.groups()[1:])))
+                text = line.strip()
+                raise BadInput(f'{path}, line {number}: not a line of a score.txt: {text!r}')
+            epoch, *figures = match.groups()
+            scores.append((int(epoch), *map(float, figures)))
     return scores
 
 
-def write_whole(path, write):
-    """Calls write(binary file) and replaces the file at `path` by what it wrote, atomically; what was there stays until
-    all of it is on the disk. Raises BadInput where the disk refuses.
+def write_options(args):
+    """Writes SAVE_PATH/options.txt: where the options were used, and they, to be read back by @."""
+    facts = provenance(args.command)
+    lines = [f'# command {facts["command"]}', f'# commit {facts["commit"]}']
+    lines += [f'# {name} {version}' for name, version in facts['versions'].items()]
+    for name, value in vars(args).items():
+        if name in ('command', 'score_save_path', 'model_save_path'):
+            continue
+        if value is True:
+            lines.append(f'--{name}')
+        elif value is not None and value is not False:
+            values = value if isinstance(value, list) else [value]
+            lines.append(f'--{name} {shlex.join(map(str, values))}')
+    write_text(os.path.join(args.save_path, 'options.txt'), '\n'.join(lines) + '\n')
+
+
+@functools.cache  # so that what is written at the end is what ran
+def provenance(command):
+    """What the numbers come from: {'command', 'commit', 'versions': of Python and packages}."""
+    repository = os.path.dirname(os.path.abspath(__file__))
+    git = ['git', '--git-dir=.git', '--work-tree=.']
+    git += ['describe', '--always', '--dirty', '--abbrev=40', '--exclude=*']
+    commit = ''
+    with contextlib.suppress(OSError):
+        described = subprocess.run(git, cwd=repository, capture_output=True, text=True)
+        commit = described.stdout.strip()
+    versions = {'python': platform.python_version()}
+    for name in PACKAGES:
+        versions[name] = metadata.version(name)
+    return {'command': command, 'commit': commit or 'unknown', 'versions': versions}
+
+
+def read_results(folder):
+    """{trial list: its entry} of a folder's results.json, {} where there is none.
+
+    An entry holds what write_results puts there. Raises BadInput where the file is something else.
     """
-    temporary = f'{path}.part'
+    path = os.path.join(folder, 'results.json')
+    if not os.path.exists(path):
+        return {}
     try:
-        with uninterrupted():  # torch.save would make an error of its own of an interrupt
-            with open(temporary, 'wb') as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            if os.name != 'nt':  # or the renamed file might be gone after a power cut; Windows has no such call
-                folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
-                os.fsync(folder)
-                os.close(folder)
-    except (OSError, RuntimeError) as error:
-        # torch.save reports a full disk as a RuntimeError.
+        with open(path, encoding='utf-8') as file:
+            lists = json.load(file)['lists']
+        for entry in lists.values():
+            for figures in entry['figures'].values():
+                float(figures['EER']['threshold'])
+            if not isinstance(entry['scores'] + entry['checkpoint']['sha256'], str):
+                raise TypeError
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f'{path}: not what this --eval writes; move it away') from error
+    return lists
+
+
+def write_results(results, trial_lists, checkpoint, args):
+    """Writes SAVE_PATH/results.json, where other lists stay, and scores/LIST.txt for each list.
+
+    results: what ECAPAModel.score_lists returns for trial_lists; checkpoint: {'path', 'sha256'}. A
+    line of scores is `label scores... enrolment test`, a score for each kind. Of two lists of one
+    name, the second's file gets a number.
+    """
+    with locked(os.path.join(args.save_path, 'results.lock')):
+        lists = read_results(args.save_path)
+        for trials, kinds in zip(trial_lists, results):
+            path = scores_path(trials.path, lists, args.save_path)
+            columns = [[f'{score:.6f}' for score in scored.scores] for scored in kinds.values()]
+            lines = []
+            for label, scores, (enrolment, test) in zip(trials.labels, zip(*columns), trials.pairs):
+                names = [trials.names[enrolment], trials.names[test]]
+                lines.append(' '.join([str(label), *scores, *names]) + '\n')
+            write_text(path, ''.join(lines))
+            lists[trials.path] = {
+                'figures': {kind: scored.figures for kind, scored in kinds.items()},
+                'scores': path,
+                'trials': len(trials.labels),
+                'targets': int(trials.labels.sum()),
+                'sha256': trials.sha256,
+                'checkpoint': checkpoint,
+                **provenance(args.command),
+                'options': vars(args),
+            }
+        text = json.dumps({'lists': lists}, indent=2) + '\n'
+        write_text(os.path.join(args.save_path, 'results.json'), text)
+
+
+def scores_path(trial_list, lists, folder):
+    """Where the scores of a trial list go: its file so far, else one that no other list has."""
+    if trial_list in lists:
+        return lists[trial_list]['scores']
+    taken = {os.path.basename(entry['scores']) for entry in lists.values()}
+    stem, _ = os.path.splitext(os.path.basename(trial_list))
+    name = f'{stem}.txt'
+    number = 1
+    while name in taken:
+        number += 1
+        name = f'{stem}_{number}.txt'
+    return os.path.join(folder, 'scores', name)
+
+
+def read_trial_scores(path):
+    """A file of scores of --eval: labels int (N,), scores (N, kinds), names [(enrolment, test)]."""
+    with open(path, encoding='utf-8', errors='surrogateescape') as lines:
+        rows = [line.split() for line in lines]
+    try:
+        labels = np.array([row[0] for row in rows], int)
+        scores = np.array([row[1:-2] for row in rows], float)
+        if scores.ndim != 2 or not scores.size:
+            raise ValueError('it has no scores')
+    except (ValueError, IndexError) as error:
+        raise BadInput(f'{path}: not a file of scores of --eval: {error}') from error
+    return labels, scores, [(row[-2], row[-1]) for row in rows]
+
+
+def figures_table(results, trial_lists):
+    """The figures of score_lists' results as the text of a table, a row for each list and kind."""
+    rows = [['list', 'kind', 'trials', *FIGURES]]
+    for trials, kinds in zip(trial_lists, results):
+        for kind, scored in kinds.items():
+            cells = [format_figure(name, scored.figures) for name in FIGURES]
+            rows.append([trials.path, kind, f'{len(trials.labels):,}', *cells])
+    return table(rows)
+
+
+def format_figure(name, figures):
+    """The text of a figure in {name: {'value'}}, '-' where it is not there."""
+    if name not in figures:
+        return '-'
+    value = figures[name]['value']
+    return f'{value:.2f}%' if name == 'EER' else f'{value:.4f}'
+
+
+def table(rows):
+    """Rows of cells as aligned lines of text."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        lines.append('  '.join(cells).rstrip())
+    return '\n'.join(lines)
+
+
+def write_whole(path, write):
+    """Calls write(binary file), and puts what it wrote at `path`.
+
+    The old file stays until the new one is completely on disk. Raises BadInput where the disk
+    refuses.
+    """
+    # Into memory first: an interrupt within torch.save would come out as an error of its own.
+    content = io.BytesIO()
+    write(content)
+
+    # Two processes may write the same file, a cohort's for one.
+    temporary = f'{path}.{os.getpid()}.part'
+    try:
+        with open(temporary, 'wb') as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if os.name != 'nt':  # Windows has no such call
+            # Or the renamed file might be gone after a power cut.
+            folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise BadInput(
+            f'{path}: cannot be written ({why}); what was there before is unchanged'
+        ) from error
+    finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        raise BadInput(f'{path}: cannot be written ({why}); what was there before is unchanged') from error
-
-
-@contextlib.contextmanager
-def uninterrupted():
-    """Ctrl-C and SIGTERM wait until the block has ended; a second one does not. (They reach the main thread alone.)"""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    found, came = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}, []
-    handlers = {number: handler for number, handler in found.items() if handler not in (None, signal.SIG_IGN)}
-
-    def wait(number, frame):
-        came.append(number)
-        if len(came) > 1:
-            signal.signal(number, handlers[number])
-            signal.raise_signal(number)
-
-    try:
-        for number in handlers:
-            signal.signal(number, wait)
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if came:
-            # Also where the block failed: a worker that the same Ctrl-C ended, for one.
-            signal.raise_signal(came[0])
-
-
-def fetch(loader):
-    """The items of a DataLoader; no interrupt cuts off what a worker hands over, which the worker would complain of."""
-    iterator = iter(loader)
-    while True:
-        with uninterrupted():
-            item = next(iterator, None)
-        if item is None:
-            return
-        yield item
 
 
 def write_text(path, text):
@@ -266,35 +435,143 @@ def write_text(path, text):
     write_whole(path, lambda file: file.write(text.encode('utf-8', 'surrogateescape')))
 
 
-def digest(content):
+def sha256(content):
     """SHA-256 of bytes, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
 
 
-def table(rows):
-    """Rows of cells as aligned lines of text."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+def lock_folder(folder):
+    """Keeps other runs out of a folder until the file returned is closed or the process ends.
+
+    What a killed run left half-written there is removed. Raises BadInput, which names the other
+    process, where one holds run.lock there.
+    """
+    file = open(os.path.join(folder, 'run.lock'), 'a+', encoding='utf-8')
+    try:
+        lock(file, wait=False)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        other = file.read().strip() or 'just started'
+        raise BadInput(
+            f'--save_path {folder}: another run is at work there, {other}; wait for it, stop it, '
+            'or choose another folder'
+        ) from error
+    for part in glob.glob(os.path.join(glob.escape(folder), '*.txt.*.part')):
+        with contextlib.suppress(OSError):
+            os.remove(part)
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on host {platform.node()}\n')
+    file.flush()
+    return file
 
 
-def figures_table(results, trial_lists):
-    """The figures of score_lists' results as the text of a table, a row a list."""
-    named, rows = max(results, key=len), []
-    named = [(kind, name) for kind, (_, figures) in named.items() for name in figures]
-    for trials, kinds in zip(trial_lists, results):
-        values = [(name, kinds[kind][1][name]['value']) for kind, name in named if kind in kinds]
-        cells = [f'{value:.2f}%' if name == 'EER' else f'{value:.4f}' for name, value in values]
-        rows.append([trials.path, f'{len(trials.labels):,}', *cells, *['-'] * (len(named) - len(cells))])
-    return table([['list', 'trials', *(f'{kind} {name}'.removeprefix('raw ') for kind, name in named)], *rows])
+@contextlib.contextmanager
+def locked(path):
+    """One process at a time runs the block; the others wait. The file `path` is the lock."""
+    with open(path, 'a', encoding='utf-8') as file:
+        lock(file, wait=True)
+        yield
+
+
+def lock(file, wait):
+    """Locks an open file until it is closed; without `wait`, BlockingIOError where another did."""
+    try:
+        import fcntl
+    except ImportError:
+        return  # Windows has no such locks
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise
+    except OSError as error:
+        why = f'this disk has no locks ({error.strerror})'
+        print(f'{file.name}: {why}: do not start a second run', file=sys.stderr)
+
+
+# 3. Options that scripts share; processes; the log; errors for people.
+
+
+def add_scoring_options(parser):
+    """Adds the options of everything that scores: checkpoint, lists, normalisation, machine."""
+    add = parser.add_argument_group('checkpoint and lists').add_argument
+    add('--initial_model', default='', help='checkpoint to score, or to start training from')
+    add(
+        '--eval_list',
+        nargs='+',
+        default=['data/VoxCeleb1/veri_test2.txt'],
+        help='trial lists, lines `label enrolment test` or the label last',
+    )
+    add(
+        '--eval_path',
+        nargs='+',
+        default=['data/VoxCeleb1/test/wav'],
+        help='folder of the paths in --eval_list: one, or one for each',
+    )
+    add('--enrol_list', default='', help='lines `model utterance...`: trials enrol these models')
+    add('--train_list', default='data/VoxCeleb2/train_list.txt', help='lines `speaker path`')
+    add('--train_path', default='data/VoxCeleb2/train/wav', help='folder of the paths in it')
+
+    add = parser.add_argument_group('kinds of scores').add_argument
+    add(
+        '--score_norm',
+        choices=('none', 'asnorm'),
+        default='none',
+        help='asnorm: also scores normalised by a cohort of training speakers',
+    )
+    add('--top_n', type=number(int, 2), default=400, help='closest cohort speakers for a score')
+    add(
+        '--cohort_utterances',
+        type=number(int, 1),
+        default=20,
+        help='of each speaker in --train_list, for the cohort',
+    )
+    add('--subtract_mean', action='store_true', help="also scores less the cohort's mean")
+
+    add = parser.add_argument_group('machine').add_argument
+    add('--device', default='auto', help='auto (cuda if there is one, else cpu), cpu, cuda, cuda:1')
+    add(
+        '--precision',
+        choices=('auto', 'bf16', 'fp32', 'exact'),
+        default='auto',
+        help='auto: bf16 if a GPU has it, else fp32; exact: no TF32',
+    )
+    add('--n_cpu', type=number(int, 0), default=default_n_cpu(), help='processes that read files')
+    add('--seed', type=number(int, 0), default=10, help='seed of everything drawn at random')
+
+
+def number(kind, low, high=math.inf):
+    """argparse type: an int or float (kind) in [low, high]."""
+
+    def convert(text):
+        value = kind(text)
+        # Written so that NaN is refused too.
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f'{text} is not between {low} and {high}')
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def default_n_cpu():
+    """Loading processes for each training process: its share of the processors, 16 at most."""
+    return max(1, min(16, available_cpus() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
 
 
 def available_cpus():
     """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def command_of(program, argv):
+    """The command line of `program` with the arguments argv, those of this process if None."""
+    return shlex.join(['python', *program.split(), *(sys.argv[1:] if argv is None else argv)])
 
 
 def process_rank():
-    """Number of this process among those that train together, 0 where it is alone or the one that writes."""
+    """Number of this process among those that train together, 0 where it is alone or writes."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -303,10 +580,14 @@ def process_count():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def say(text):
-    """Prints a line of the log, in the first process only."""
-    if process_rank() == 0:
-        print(text, flush=True)
+@contextlib.contextmanager
+def first_process_first():
+    """The first process runs the block before the others, so that an error is reported once."""
+    if process_rank():
+        dist.barrier()
+    yield
+    if process_count() > 1 and process_rank() == 0:
+        dist.barrier()
 
 
 def sum_over_processes(tensor):
@@ -325,46 +606,82 @@ def gather(items):
     return [item for part in lists for item in part]
 
 
+def say(text):
+    """Prints a line of the log, in the first process only."""
+    if process_rank() == 0:
+        print(text, flush=True)
+
+
 class BadInput(Exception):
-    """What the user gave cannot be used: the message says what is wrong, where, and what to do about it."""
-
-
-def summary(error):
-    """The first line of a library's error, or its type where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    """The user's input cannot be used: the message says what is wrong, where, and what to do."""
 
 
 # What PyTorch's errors say where memory is too small, and what to do.
 MEMORY = {
-    "out of memory|ALLOC_FAILED|can't allocate memory": 'Use a smaller --batch_size, or --accumulate.',
-    r'DataLoader worker \(pid': 'Memory is short: use a smaller --n_cpu, or more shared memory (docker --shm-size 8g).',
+    "out of memory|ALLOC_FAILED|can't allocate memory": (
+        'Use a smaller --batch_size, or --accumulate.'
+    ),
+    r'DataLoader worker \(pid': (
+        'Memory is short: use a smaller --n_cpu, or more shared memory (docker --shm-size 8g).'
+    ),
 }
 
 
 @contextlib.contextmanager
-def exit_on_bad_input():
-    """Turns BadInput, and what is said of files, memory and missing packages, into a sentence and exit status 2."""
+def exit_on_bad_input(after_interrupt=str):
+    """Prints a sentence instead of a traceback for whatever but a mistake in this code ends it.
+
+    That is bad input, unreadable files, missing packages and lack of memory, with exit status 2;
+    and Ctrl-C (130) and SIGTERM (143, as shells have it), followed by what after_interrupt()
+    returns.
+    """
     for stream in (sys.stdout, sys.stderr):
         # Names of files need not be UTF-8, and are printed all the same.
         stream.reconfigure(errors='backslashreplace')
+
+    def stop(number, frame):
+        raise KeyboardInterrupt(number)
+
+    # torchrun stops its processes itself, and one that waits for another one could not answer.
+    handler = signal.getsignal(signal.SIGTERM)
+    if 'TORCHELASTIC_RUN_ID' not in os.environ:
+        signal.signal(signal.SIGTERM, stop)
     try:
         yield
-        return
-    except BadInput as error:
-        # From a worker process the error comes wrapped in the worker's traceback.
-        message = str(error).rpartition('BadInput: ')[2].strip()
-    except ModuleNotFoundError as error:
-        message = f'the package {error.name} is needed for this: pip install {error.name}'
-    except OSError as error:
-        if error.filename is None:
-            raise
-        message = f'{error.filename}: {error.strerror}'
-    except RuntimeError as error:
+    except KeyboardInterrupt as interrupt:
+        terminated = interrupt.args == (signal.SIGTERM,)
+        name = 'SIGTERM' if terminated else 'Ctrl-C'
+        print(f'\nstopped by {name}{after_interrupt()}', file=sys.stderr)
+        sys.exit(143 if terminated else 130)
+    except Exception as error:
         if process_rank() and re.search('Connection (closed|reset) by peer', str(error)):
             sys.exit(2)  # the first process has said why
-        remedy = next((remedy for sign, remedy in MEMORY.items() if re.search(sign, str(error))), None)
-        if remedy is None:
+        message = sentence(error)
+        if message is None:
             raise
-        message = f'{summary(error)}\n{remedy}'
-    print(f'error: {message}', file=sys.stderr)
-    sys.exit(2)
+        print(f'error: {message}', file=sys.stderr)
+        sys.exit(2)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def sentence(error):
+    """What to tell people of an exception; None where it is a mistake in this code."""
+    if isinstance(error, BadInput):
+        # From a worker process the error comes wrapped in the worker's traceback.
+        return str(error).rpartition('BadInput: ')[2].strip()
+    if isinstance(error, ModuleNotFoundError):
+        return f'the package {error.name} is needed for this: pip install {error.name}'
+    if isinstance(error, OSError) and error.filename is not None:
+        return f'{error.filename}: {error.strerror}'
+    if isinstance(error, RuntimeError):
+        for sign, remedy in MEMORY.items():
+            if re.search(sign, str(error)):
+                return f'{summary(error)}\n{remedy}'
+    return None
+
+
+def summary(error):
+    """The first line of a library's error, or its type where it has none."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0][:200]

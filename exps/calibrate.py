@@ -1,101 +1,190 @@
-"""Fits what turns a model's scores into log-likelihood ratios, with which `--verify` decides and `--eval` has Cllr.
+"""Fits what turns scores into log-likelihood ratios, on scores that --eval wrote.
 
-    python -m exps.calibrate --initial_model MODEL --eval_list lists/trials.txt --eval_path recordings
+    python trainECAPAModel.py --eval --eval_list dev.txt test.txt --save_path exps/exp1 ...
+    python -m exps.calibrate exps/exp1 --fit dev
 
-writes MODEL.calibration.json. Take trials of recordings like those to come, of speakers that were not trained on; the
-list whose figures are reported must be another one. Other options are those of trainECAPAModel.py.
+fits two numbers to exps/exp1/scores/dev.txt, writes exps/exp1/calibration.json, by which
+exps.verify decides, and prints what the ratios of the folder's other lists are worth. Take trials
+of recordings like those to come, of speakers that were not trained on.
 """
 
 import argparse
 import json
-import shlex
-import sys
+import os
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 import tools
-import trainECAPAModel
-from dataLoader import check_audio, choose_normalisation, read_trial_lists
-from ECAPAModel import cohort_digest, load_model
 from tools import BadInput
 
 FEWEST = 30  # trials of either kind, below which a fit says nothing
+FIGURES = (*tools.FIGURES, 'Cllr', 'minCllr', 'actDCF(0.01)', 'actDCF(0.05)')
 
 
 def main(argv=None):
     """Writes the calibration; exit status 2, with a sentence, where that cannot be done."""
-    parser = trainECAPAModel.make_parser()
-    parser.prog, parser.description = 'python -m exps.calibrate', 'Fit score to log-likelihood ratio on --eval_list.'
-    add = parser.add_argument_group('calibration').add_argument
-    add('--kind', help='raw, asnorm, centred or centred asnorm (default: the last of these that the options make)')
-    add('--quality', nargs='*', default=[], choices=('duration', 'size', 'cohort'), help='measures used besides: QMF')
-    rate = trainECAPAModel.number(float, 1e-3, 99)
-    add('--false_acceptances', type=rate, default=1.0, help='percent that the threshold allows')
-    parser.set_defaults(eval_list=[])
-    command = ['python', '-m', 'exps.calibrate', *(sys.argv[1:] if argv is None else argv)]
-    args = parser.parse_args(argv, argparse.Namespace(command=shlex.join(command)))
+    parser = argparse.ArgumentParser(
+        prog='python -m exps.calibrate',
+        description='Fit log-likelihood ratios to scores of --eval.',
+    )
+    add = parser.add_argument
+    add('folder', help='holds results.json and scores/, which --eval wrote')
+    add('--fit', required=True, metavar='LIST', help='the list to fit on, by its path or its name')
+    add('--kind', help='raw, asnorm, centred or centred asnorm (default: the last that is there)')
+    add(
+        '--false_acceptances',
+        type=tools.number(float, 1e-3, 99),
+        default=1.0,
+        help='percent that the threshold allows (default: 1)',
+    )
+    args = parser.parse_args(argv)
+    args.command = tools.command_of('-m exps.calibrate', argv)
     with tools.exit_on_bad_input():
         calibrate(args)
 
 
 def calibrate(args):
-    """Writes MODEL.calibration.json of the options, and prints what it is worth on the trials that it was fitted on."""
-    if len(args.eval_list) != 1 or not args.initial_model:
-        raise BadInput('--initial_model, a checkpoint, and --eval_list, one list of trials to fit on, are needed')
-    if 'cohort' in args.quality and args.score_norm != 'asnorm':
-        raise BadInput('--quality cohort: the mean score against the cohort comes with --score_norm asnorm')
-    system = load_model(args.initial_model, **vars(args))
-    paths, (trials,) = read_trial_lists(args.eval_list, args.eval_path, args.enrol_list)
-    check_audio(paths, '--eval_list')
-    targets = int(trials.labels.sum())
-    if min(targets, len(trials.labels) - targets) < FEWEST:
-        raise BadInput(f'--eval_list: {trials.path}: {FEWEST} trials of either kind are the fewest that can be fitted')
-    files, top_n, subtract_mean = choose_normalisation(**vars(args))
-    embedded = map(trials.mean, system.embed_with_quality(paths))
-    scores, measures = system.score_pairs(*embedded, trials.pairs, files and system.cohort(files), top_n, subtract_mean)
-    kind = args.kind or list(scores)[-1]
-    if kind not in scores:
-        raise BadInput(f'--kind {kind}: the options make {", ".join(scores)} (--score_norm, --subtract_mean)')
-
-    inputs = tools.calibration_inputs(scores[kind], [measures[name] for name in args.quality], trials.pairs)
-    weights, bias = fit(inputs, trials.labels)
-    ratios = inputs @ weights + bias
-    others = np.sort(ratios[trials.labels == 0])
-    allowed = int(len(others) * args.false_acceptances / 100)
-    threshold = {'false_acceptances': args.false_acceptances, 'ratio': float(others[len(others) - 1 - allowed])}
-    record = {
-        **{'checkpoint': system.checkpoint, 'kind': kind, 'quality': args.quality},
-        **{'weights': weights.tolist(), 'bias': float(bias), 'threshold': threshold},
-        'cohort': cohort_digest(files, top_n) if kind != 'raw' or 'cohort' in args.quality else None,
-        'list': {'path': trials.path, 'fingerprint': trials.fingerprint(), 'trials': len(trials.labels)},
-        **trainECAPAModel.provenance(args.command),
+    """Writes FOLDER/calibration.json, and prints the figures of the other lists."""
+    lists = tools.read_results(args.folder)
+    fit_list = find_list(lists, args.fit, args.folder)
+    entry = lists[fit_list]
+    kind = args.kind or list(entry['figures'])[-1]
+    labels, scores, pairs = read_kind(args.folder, fit_list, entry, kind)
+    targets = int(labels.sum())
+    if min(targets, len(labels) - targets) < FEWEST:
+        raise BadInput(
+            f'--fit: {fit_list}: {FEWEST} trials of either kind are the fewest that can be fitted'
+        )
+    weight, bias = fit(scores, labels)
+    ratio, allowed = threshold(weight * scores + bias, labels, args.false_acceptances)
+    calibration = {
+        'kind': kind,
+        'weight': weight,
+        'bias': bias,
+        'threshold': {'false_acceptances': args.false_acceptances, 'ratio': ratio},
+        'list': {'path': fit_list, 'sha256': entry['sha256'], 'trials': len(labels)},
+        'checkpoint': entry['checkpoint'],
+        'options': entry['options'],
+        **tools.provenance(args.command),
     }
-    figures = tools.operating_points(ratios, trials.labels) | tools.calibration_figures(ratios, trials.labels)
-    print(f'fitted on {len(trials.labels):,} trials of {trials.path}, {targets:,} of the same speaker; {kind} scores')
-    print(tools.table([list(figures), [f'{figure["value"]:.4f}' for figure in figures.values()]]))
+    path = os.path.join(args.folder, 'calibration.json')
+    tools.write_text(path, json.dumps(calibration, indent=2) + '\n')
+    print(f'{path}: fitted on {len(labels):,} {kind} scores of {fit_list}, {targets:,} of targets')
     if allowed < FEWEST:
         print(
-            f'note: at {args.false_acceptances:g}% only {allowed} false acceptances were there to find the threshold by'
+            f'note: at {args.false_acceptances:g}% only {allowed} false acceptances were there to '
+            'find the threshold by'
         )
-    path = f'{args.initial_model}.calibration.json'
-    tools.write_text(path, json.dumps(record, indent=2) + '\n')
-    print(f'written: {path}')
+    del lists[fit_list]
+    print_others(lists, calibration, set(pairs), args.folder)
 
 
-def fit(inputs, labels):
-    """Weights and bias of logistic regression of inputs (N, columns), with both kinds of trials of the same weight.
+def find_list(lists, name, folder):
+    """The list that `name` stands for: a path in results.json, or its last part without ending."""
+    if name in lists:
+        return name
+    named = [path for path in lists if os.path.splitext(os.path.basename(path))[0] == name]
+    if len(named) == 1:
+        return named[0]
+    known = ', '.join(lists) or 'none; --eval writes it'
+    raise BadInput(f'--fit {name}: is not one of the lists in {folder}/results.json ({known})')
 
-    The logarithm of the odds is then that of the likelihood ratio. Raises BadInput where the fit would be reversed.
+
+def read_kind(folder, path, entry, kind):
+    """(Labels (N,), scores (N,) of a kind, names of each trial) of a list's entry."""
+    kinds = list(entry['figures'])
+    if kind not in kinds:
+        raise BadInput(f'--kind {kind}: {path} was scored as {", ".join(kinds)}')
+    # The folder may have been moved since.
+    file = os.path.join(folder, 'scores', os.path.basename(entry['scores']))
+    labels, scores, pairs = tools.read_trial_scores(file)
+    if scores.shape != (entry['trials'], len(kinds)):
+        raise BadInput(f'{file}: other trials or kinds than results.json names; score it again')
+    return labels, scores[:, kinds.index(kind)], pairs
+
+
+def fit(scores, labels):
+    """Weight and bias of logistic regression of scores (N,).
+
+    Both kinds of trials have the same weight in all, so the logarithm of the odds is that of the
+    likelihood ratio. Raises BadInput where the fit would be reversed.
     """
-    scaler = StandardScaler().fit(inputs)
+    scaler = StandardScaler().fit(scores[:, None])
     # Hardly any regularisation, only so that trials without any error have a finite answer.
-    found = LogisticRegression(C=1000.0, class_weight='balanced', max_iter=1000).fit(scaler.transform(inputs), labels)
-    weights = found.coef_[0] / scaler.scale_
-    if not weights[0] > 0:
-        raise BadInput('a higher score means the same speaker less often in these trials: are the labels right?')
-    return weights, found.intercept_[0] - weights @ scaler.mean_
+    regression = LogisticRegression(C=1000.0, class_weight='balanced', max_iter=1000)
+    regression.fit(scaler.transform(scores[:, None]), labels)
+    weight = float(regression.coef_[0, 0] / scaler.scale_[0])
+    # Written so that NaN is refused too.
+    if not weight > 0:
+        raise BadInput(
+            'a higher score means the same speaker less often in these trials: are the labels '
+            'right?'
+        )
+    return weight, float(regression.intercept_[0] - weight * scaler.mean_[0])
+
+
+def threshold(ratios, labels, percent):
+    """(Ratio above which `percent` of the other speakers' trials lie, how many these are)."""
+    others = np.sort(ratios[labels == 0])
+    allowed = int(len(others) * percent / 100)
+    return float(others[len(others) - 1 - allowed]), allowed
+
+
+def print_others(lists, calibration, fitted, folder):
+    """Prints the figures of lists by a calibration that was fitted on other trials.
+
+    fitted: the trials that it was fitted on, whose figures would be too good.
+    """
+    rows = [['list', 'trials', *FIGURES]]
+    for path, entry in lists.items():
+        if entry['checkpoint']['sha256'] != calibration['checkpoint']['sha256']:
+            print(f'note: not calibrated: {path}, which another checkpoint scored')
+            continue
+        if calibration['kind'] not in entry['figures']:
+            print(f'note: not calibrated: {path}, which has no {calibration["kind"]} scores')
+            continue
+        labels, scores, pairs = read_kind(folder, path, entry, calibration['kind'])
+        if set(pairs) == fitted:
+            print(f'note: not calibrated: {path}, the trials that the calibration was fitted on')
+            continue
+        ratios = calibration['weight'] * scores + calibration['bias']
+        figures = tools.operating_points(ratios, labels)
+        figures |= tools.calibration_figures(ratios, labels)
+        cells = [tools.format_figure(name, figures) for name in FIGURES]
+        rows.append([path, f'{len(labels):,}', *cells])
+    if len(rows) > 1:
+        print(tools.table(rows))
+    else:
+        print('note: no other list is there to show what the ratios are worth')
+
+
+def read_calibration(folder):
+    """What calibrate wrote in a folder, None if it did not; BadInput where it is something else."""
+    path = os.path.join(folder, 'calibration.json')
+    if not os.path.exists(path):
+        return None
+    try:
+        with open(path, encoding='utf-8') as file:
+            calibration = json.load(file)
+        numbers = (calibration['weight'], calibration['bias'], calibration['threshold']['ratio'])
+        if not np.isfinite(numbers).all() or not calibration['checkpoint']['sha256']:
+            raise ValueError
+        cohort_options(calibration['kind'], calibration['options'])
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f'{path}: not what exps.calibrate writes; move it away') from error
+    return calibration
+
+
+def cohort_options(kind, options):
+    """Those of --eval's options that a kind of scores depends on, by way of the cohort."""
+    if kind == 'raw':
+        return {}
+    names = ['train_list', 'cohort_utterances', 'seed']
+    if 'asnorm' in kind:
+        names.append('top_n')
+    return {name: options[name] for name in names}
 
 
 if __name__ == '__main__':

@@ -1,19 +1,18 @@
-"""Writes a checkpoint as one ONNX file, from waveform to unit embedding, to be run anywhere with onnxruntime.
+"""Writes a checkpoint as one ONNX file, from waveform to unit embedding, for onnxruntime anywhere.
 
     pip install onnx onnxruntime
     python -m exps.export exps/exp1/model/model_0080.model --out ecapa.onnx
 
-Input `waveform`, float32 (batch, samples): 16 kHz, mono, in [-1, 1], 257 samples or more, all of a batch of one length.
-Output `embedding`, float32 (batch, 192), of unit length: that of whole utterances, as `--embed` writes it. Opset 17.
-The metadata name the checkpoint's SHA-256, the commit and the versions. Nothing is written unless onnxruntime gives the
-embeddings that PyTorch gives, within 1e-4, at five lengths from 0.3 to 30 s.
+Input `waveform`, float32 (batch, samples): 16 kHz, mono, in [-1, 1], 257 samples or more, all of a
+batch of one length. Output `embedding`, float32 (batch, 192), of unit length: that of whole
+utterances, as exps.embed writes it. Opset 17. The metadata name the checkpoint's SHA-256, the
+commit and the versions. Nothing is written unless onnxruntime gives the embeddings that PyTorch
+gives, within 1e-4, at five lengths from 0.3 to 30 s.
 """
 
 import argparse
 import io
 import os
-import shlex
-import sys
 import warnings
 
 import numpy as np
@@ -22,11 +21,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from dataLoader import RATE
-from ECAPAModel import load_model
+from ECAPAModel import model_of, read_checkpoint
 from exps.demo.voices import draw_voice, speak
 from model import HOP
-from tools import BadInput, exit_on_bad_input, write_whole
-from trainECAPAModel import provenance
+from tools import BadInput, command_of, exit_on_bad_input, provenance, write_whole
 
 OPSET = 17
 SECONDS = (0.3, 1, 3, 10, 30)
@@ -34,68 +32,103 @@ BOUND = 1e-4
 
 
 def main(argv=None):
-    """Writes the file; exit status 2, with a sentence, for a checkpoint or a result that is not right."""
-    parser = argparse.ArgumentParser(prog='python -m exps.export', description='Write a checkpoint as an ONNX file.')
+    """Writes the file; exit status 2, with a sentence, for a checkpoint that is not right."""
+    parser = argparse.ArgumentParser(
+        prog='python -m exps.export', description='Write a checkpoint as an ONNX file.'
+    )
     parser.add_argument('model', help='checkpoint')
     parser.add_argument('--out', required=True, help='ONNX file to write')
     args = parser.parse_args(argv)
-    args.command = shlex.join(['python', '-m', 'exps.export', *(sys.argv[1:] if argv is None else argv)])
+    args.command = command_of('-m exps.export', argv)
     with exit_on_bad_input():
         export(args)
 
 
 def export(args):
-    """Writes args.out and prints the largest differences from PyTorch; BadInput where one is over BOUND."""
+    """Writes args.out, and prints the largest differences from PyTorch.
+
+    Raises BadInput where one is over BOUND.
+    """
     import onnx
     import onnxruntime
 
     if os.path.exists(args.out):
         raise BadInput(f'--out {args.out} is there already; remove it or choose another name')
-    system = load_model(args.model, device='cpu').eval()
-    content = to_onnx(system)
-    graph = onnx.load_from_string(content)
-    facts = {**provenance(args.command), 'checkpoint': system.checkpoint['path'], 'sha256': system.checkpoint['sha256']}
-    facts['versions'] = ', '.join(f'{name} {version}' for name, version in facts['versions'].items())
-    facts = {name: value.encode('utf-8', 'backslashreplace').decode() for name, value in facts.items()}
-    onnx.helper.set_model_props(graph, {**facts, 'input': f'{RATE} Hz, mono, in [-1, 1]'})
+    weights, sha256 = read_checkpoint(args.model)
+    system = model_of(weights, args.model, device='cpu').eval()
+    graph = onnx.load_from_string(to_onnx(system))
+    onnx.helper.set_model_props(graph, metadata(args, sha256))
     content = graph.SerializeToString()
+
     settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = 1  # none of its own, for which a process that is forked from this one would wait
-    session = onnxruntime.InferenceSession(content, settings, providers=['CPUExecutionProvider'])
+    # No threads of its own, for which a process that is forked from this one would wait.
+    settings.intra_op_num_threads = 1
+    providers = ['CPUExecutionProvider']
+    session = onnxruntime.InferenceSession(content, settings, providers=providers)
     for seconds, difference in differences(system, session):
         print(f'{seconds:g} s: largest difference {difference:.1e}')
+        # Written so that NaN is refused too.
         if not difference <= BOUND:
-            raise BadInput(f'{args.model}: onnxruntime differs by more than {BOUND:g}, so {args.out} is not written')
+            raise BadInput(
+                f'{args.model}: onnxruntime differs by more than {BOUND:g}, so {args.out} is not '
+                'written'
+            )
     write_whole(args.out, lambda file: file.write(content))
     print(f'written: {args.out}, {len(content) / 1e6:.1f} MB, opset {OPSET}')
 
 
+def metadata(args, sha256):
+    """{name: text} of what the file is, to be kept in it."""
+    facts = provenance(args.command)
+    versions = ', '.join(f'{name} {version}' for name, version in facts['versions'].items())
+    texts = {
+        'command': args.command,
+        'commit': facts['commit'],
+        'versions': versions,
+        'checkpoint': args.model,
+        'sha256': sha256,
+        'input': f'{RATE} Hz, mono, in [-1, 1]',
+    }
+    # Names of files need not be UTF-8.
+    return {name: text.encode('utf-8', 'backslashreplace').decode() for name, text in texts.items()}
+
+
 class FromWaveform(nn.Module):
-    """The encoder of a system with its features as a convolution: no runtime needs to know of spectrograms."""
+    """The encoder of a system with its features as a convolution.
+
+    So no runtime needs to know of spectrograms.
+    """
 
     def __init__(self, encoder):
         super().__init__()
         self.encoder = encoder
         mel = encoder.torchfbank[1]
-        window = F.pad(mel.spectrogram.window.double(), [(mel.n_fft - mel.win_length) // 2] * 2)
-        time, frequency = torch.arange(mel.n_fft).double(), torch.arange(mel.n_fft // 2 + 1).double()
+        margin = (mel.n_fft - mel.win_length) // 2
+        window = F.pad(mel.spectrogram.window.double(), [margin, margin])
+        time = torch.arange(mel.n_fft).double()
+        frequency = torch.arange(mel.n_fft // 2 + 1).double()
         angles = 2 * torch.pi / mel.n_fft * torch.outer(frequency, time)
-        self.spectrum = torch.cat([angles.cos() * window, angles.sin() * window]).float().unsqueeze(1)  # (514, 1, 512)
+        spectrum = torch.cat([angles.cos() * window, angles.sin() * window])
+        self.spectrum = spectrum.float().unsqueeze(1)  # (514, 1, 512)
 
     def forward(self, waveform):
         """Unit embeddings (B, 192) of waveforms (B, samples)."""
         preemphasis, mel = self.encoder.torchfbank
-        x = F.pad(preemphasis(waveform).unsqueeze(1), [mel.n_fft // 2] * 2, 'reflect')
-        cosines, sines = F.conv1d(x, self.spectrum, stride=HOP).square().chunk(2, dim=1)  # (B, 257, T) each
+        x = preemphasis(waveform).unsqueeze(1)
+        x = F.pad(x, [mel.n_fft // 2] * 2, 'reflect')
+        squares = F.conv1d(x, self.spectrum, stride=HOP).square()
+        cosines, sines = squares.chunk(2, dim=1)  # (B, 257, T) each
         x = (mel.mel_scale.fb.T @ (cosines + sines) + 1e-6).log()  # (B, 80, T)
-        return F.normalize(self.encoder.encode(x - x.mean(dim=2, keepdim=True)))
+        x = x - x.mean(dim=2, keepdim=True)
+        return F.normalize(self.encoder.encode(x))
 
 
 def to_onnx(system):
     """An ONNX file's bytes for the encoder of a system in evaluation mode."""
-    file, axes = io.BytesIO(), {'waveform': {0: 'batch', 1: 'samples'}, 'embedding': {0: 'batch'}}
+    file = io.BytesIO()
     with warnings.catch_warnings(), torch.no_grad():
-        # The exporter that PyTorch calls deprecated, and still has: the newer one needs one more package.
+        # The exporter that PyTorch calls deprecated, and still has: the newer one needs one more
+        # package.
         warnings.simplefilter('ignore')
         torch.onnx.export(
             FromWaveform(system.speaker_encoder).eval(),
@@ -105,22 +138,32 @@ def to_onnx(system):
             opset_version=OPSET,
             input_names=['waveform'],
             output_names=['embedding'],
-            dynamic_axes=axes,
+            dynamic_axes={'waveform': {0: 'batch', 1: 'samples'}, 'embedding': {0: 'batch'}},
         )
     return file.getvalue()
 
 
 def differences(system, session):
-    """Yields (seconds, largest difference of the session's embeddings of two synthetic voices from the system's)."""
+    """Yields (seconds, largest difference of the session's embeddings from the system's).
+
+    The embeddings are of two synthetic voices.
+    """
     rng = np.random.default_rng(0)
-    voices = [np.resize(speak(rng, draw_voice(rng), max(SECONDS)), int(max(SECONDS) * RATE)) for _ in range(2)]
-    voices = np.stack([0.3 * voice / np.abs(voice).max() for voice in voices]).astype(np.float32)
+    longest = max(SECONDS)
+    voices = []
+    for _ in range(2):
+        voice = np.resize(speak(rng, draw_voice(rng), longest), int(longest * RATE))
+        voices.append(0.3 * voice / np.abs(voice).max())
+    voices = np.stack(voices).astype(np.float32)
     for seconds in SECONDS:
-        waveform = voices[: 1 if seconds == 3 else 2, : int(seconds * RATE)]
+        # One length is tried with a batch of one.
+        count = 1 if seconds == 3 else 2
+        waveform = voices[:count, : int(seconds * RATE)]
         with torch.inference_mode():
-            expected = F.normalize(system.speaker_encoder(torch.from_numpy(waveform), aug=False)).numpy()
-        (found,) = session.run(['embedding'], {'waveform': waveform})
-        yield seconds, np.abs(found - expected).max()
+            embedding = system.speaker_encoder(torch.from_numpy(waveform), aug=False)
+        expected = F.normalize(embedding).numpy()
+        (exported,) = session.run(['embedding'], {'waveform': waveform})
+        yield seconds, np.abs(exported - expected).max()
 
 
 if __name__ == '__main__':

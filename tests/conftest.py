@@ -1,7 +1,11 @@
-"""What the tests share: the reference's numbers, weights and waves made from a formula, and small corpora."""
+"""What the tests share: the reference's numbers, weights and waves by formula, small corpora."""
 
+import os
 import zlib
 from pathlib import Path
+
+# Small networks gain nothing from threads, which wait for each other where tests share processors.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import numpy as np
 import pytest
@@ -42,7 +46,7 @@ def portable():
 
 @pytest.fixture(scope='module')
 def short_crops():
-    """Evaluation crops of 0.3 s instead of 3 s, for tests that evaluate often and whose subject is something else."""
+    """Evaluation crops of 0.3 s instead of 3 s, for tests whose subject is something else."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('dataLoader.EVAL_CROP', 4800)
         patch.setattr('plain.EVAL_CROP', 4800)
@@ -50,23 +54,34 @@ def short_crops():
 
 
 def wave(number, samples):
-    """A pulse-like tone with noise, float32 (samples,): the input that portable.npz was computed on."""
+    """A pulse-like tone with noise, float32 (samples,): what portable.npz was computed on."""
     random = np.random.RandomState(number)
     t = np.arange(samples) / 16000
     pitch = 100 + 20 * number
-    tone = sum(np.sin(2 * np.pi * pitch * h * t + random.uniform(0, 6.28)) / h for h in range(1, 30))
-    tone = tone * (0.5 + 0.5 * np.sin(2 * np.pi * 3 * t)) + 0.1 * random.standard_normal(samples)
-    return (0.1 * tone).astype(np.float32)
+    tone = 0
+    for harmonic in range(1, 30):
+        phase = random.uniform(0, 6.28)
+        tone = tone + np.sin(2 * np.pi * pitch * harmonic * t + phase) / harmonic
+    rhythm = 0.5 + 0.5 * np.sin(2 * np.pi * 3 * t)
+    noisy = tone * rhythm + 0.1 * random.standard_normal(samples)
+    return (0.1 * noisy).astype(np.float32)
 
 
-def portable_system(C, **kwargs):
-    """ECAPAModel whose every weight follows from its name, without SpecAugment, on the CPU unless kwargs say more."""
-    options = dict(lr=0.001, lr_decay=0.97, C=C, n_class=20, m=0.2, s=30, test_step=1, device='cpu')
-    system = ECAPAModel(**{**options, **kwargs})
+def make_system(C=8, n_class=4, **options):
+    """ECAPAModel of random weights with the published options, on the CPU."""
+    published = dict(lr=0.001, lr_decay=0.97, m=0.2, s=30, test_step=1, device='cpu')
+    return ECAPAModel(C=C, n_class=n_class, **{**published, **options})
+
+
+def portable_system(C, **options):
+    """make_system() for 20 speakers without SpecAugment, every weight made from its name."""
+    system = make_system(C, 20, **options)
     for name, tensor in system.state_dict().items():
         if 'torchfbank' in name or 'num_batches_tracked' in name:
             continue
-        noise = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(tensor.shape))
+        noise = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(
+            tuple(tensor.shape)
+        )
         noise = noise.astype(np.float32)
         if 'running_var' in name:
             noise = 1 + 0.1 * np.abs(noise)
@@ -82,40 +97,55 @@ def portable_system(C, **kwargs):
 
 
 def norm_errors(device='cpu', norm_of_all=norm_of_all):
-    """Relative errors of norm_of_all (compiled or not) and its gradients, on this process's part of a batch, beside
-    float64 on all of it; the means of the channels are 0 and 1000 deviations.
+    """Relative errors of norm_of_all, compiled or not, and of its gradients, beside float64.
+
+    It sees this process's part of a batch, float64 all of it; the means of the channels are 0 and
+    1000 deviations.
     """
-    errors, random = [], torch.Generator().manual_seed(0)
+    errors = []
+    random = torch.Generator().manual_seed(0)
+    rank = dist.get_rank()
+    size = dist.get_world_size()
+    part = slice(8 * rank // size, 8 * (rank + 1) // size)
     for offset in (0, 1000):
         for shape in ((8, 16, 50), (8, 192)):
-            x, direction = torch.randn(shape, generator=random) + offset, torch.randn(shape, generator=random)
+            x = torch.randn(shape, generator=random) + offset
+            direction = torch.randn(shape, generator=random)
             weight, bias = torch.rand(2, shape[1], generator=random)
-            given = [tensor.double().requires_grad_() for tensor in (x, weight, bias)]
-            expected = F.batch_norm(given[0], None, None, *given[1:], training=True)
-            gradients = torch.autograd.grad(expected, given, direction.double())
-            part = slice(*(8 * (dist.get_rank() + end) // dist.get_world_size() for end in (0, 1)))
-            given = [tensor.to(device).requires_grad_() for tensor in (x[part], weight, bias)]
-            found, mean, variance = norm_of_all(*given, eps=1e-5)
-            found_gradients = torch.autograd.grad(found, given, direction[part].to(device))
-            for gradient in found_gradients[1:]:
-                dist.all_reduce(gradient)
+
+            inputs = [tensor.double().requires_grad_() for tensor in (x, weight, bias)]
+            expected = F.batch_norm(inputs[0], None, None, *inputs[1:], training=True)
+            gradients = torch.autograd.grad(expected, inputs, direction.double())
             dims = [dim for dim in range(x.ndim) if dim != 1]
-            statistics = torch.var_mean(x.double(), dims, correction=0)
-            pairs = zip(
-                (found, *found_gradients, mean, variance),
-                (expected[part], gradients[0][part], *gradients[1:], statistics[1], statistics[0]),
-            )
-            errors += [((a.cpu() - b).norm() / b.norm()).item() for a, b in pairs if a is not mean or offset]
+            variance, mean = torch.var_mean(x.double(), dims, correction=0)
+
+            inputs = [tensor.to(device).requires_grad_() for tensor in (x[part], weight, bias)]
+            own, own_mean, own_variance = norm_of_all(*inputs, eps=1e-5)
+            own_gradients = torch.autograd.grad(own, inputs, direction[part].to(device))
+            for gradient in own_gradients[1:]:
+                dist.all_reduce(gradient)
+
+            pairs = [(own, expected[part]), (own_variance, variance)]
+            if offset:
+                pairs.append((own_mean, mean))
+            pairs.append((own_gradients[0], gradients[0][part]))
+            pairs += zip(own_gradients[1:], gradients[1:])
+            for ours, exact in pairs:
+                errors.append(((ours.cpu() - exact).norm() / exact.norm()).item())
     return errors
 
 
 def weights(path):
     """State dict of a checkpoint."""
-    return read_checkpoint(path)[0]
+    state, _ = read_checkpoint(path)
+    return state
 
 
 def write_wav(path, audio, rate=16000, subtype='FLOAT'):
-    """Writes (samples,) or (samples, channels) and makes the folders that it needs; returns the path as a string."""
+    """Writes (samples,) or (samples, channels), and the folders it needs.
+
+    Returns the path as a string.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, audio, rate, subtype=subtype)
@@ -124,13 +154,17 @@ def write_wav(path, audio, rate=16000, subtype='FLOAT'):
 
 @pytest.fixture
 def tree(tmp_path):
-    """A corpus of noise, for what does not depend on the sound; a dict of the options that name its parts."""
+    """A corpus of noise, for what does not depend on the sound.
+
+    A dict of the options that name its parts.
+    """
     random = np.random.default_rng(0)
 
     def audio(name, samples=20000):
-        return write_wav(tmp_path / name, 0.1 * random.standard_normal(samples), subtype='PCM_16')
+        sound = 0.1 * random.standard_normal(samples)
+        return write_wav(tmp_path / name, sound, subtype='PCM_16')
 
-    names = [f'id{speaker}/session/{number:05d}.wav' for speaker in range(4) for number in range(3)]
+    names = [f'id{speaker}/session/{n:05d}.wav' for speaker in range(4) for n in range(3)]
     for name in names:
         audio(f'train/{name}')
         audio(f'eval/{name}', samples=50000)
@@ -138,9 +172,10 @@ def tree(tmp_path):
         for number in range(2):
             audio(f'musan/{category}/source/recording/{number:05d}.wav')
     audio('rirs/smallroom/Room001/Room001-00001.wav', samples=2000)
-    (tmp_path / 'train.txt').write_text(''.join(f'{name[:3]} {name}\n' for name in names))
-    pairs = [(a, b) for a in names for b in names if a < b]
-    (tmp_path / 'trials.txt').write_text(''.join(f'{int(a[:3] == b[:3])} {a} {b}\n' for a, b in pairs))
+
+    lines = [f'{name[:3]} {name}\n' for name in names]
+    (tmp_path / 'train.txt').write_text(''.join(lines))
+    (tmp_path / 'trials.txt').write_text(trial_lines(names))
     paths = {
         'train_list': 'train.txt',
         'train_path': 'train',
@@ -153,6 +188,19 @@ def tree(tmp_path):
     return {name: str(tmp_path / path) for name, path in paths.items()}
 
 
+def trial_lines(names):
+    """Text of a trial list of all pairs of files, whose first three letters are the speaker."""
+    lines = []
+    for a in names:
+        for b in names:
+            if a < b:
+                lines.append(f'{int(a[:3] == b[:3])} {a} {b}\n')
+    return ''.join(lines)
+
+
 def command_line(*flags, **options):
     """Arguments of trainECAPAModel.py from its options."""
-    return [*flags, *(text for name, value in options.items() for text in (f'--{name}', str(value)))]
+    arguments = list(flags)
+    for name, value in options.items():
+        arguments += [f'--{name}', str(value)]
+    return arguments

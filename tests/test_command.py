@@ -1,6 +1,10 @@
-"""The command, end to end on a small corpus of synthetic voices: training, score.txt, resume, fine-tuning, --eval."""
+"""The command, end to end on a small corpus of synthetic voices.
+
+Training, score.txt, resume, fine-tuning, --eval.
+"""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +40,14 @@ def voices(tmp_path_factory):
     }
 
 
+def make_system():
+    return ECAPAModel(
+        lr=0.001, lr_decay=0.97, C=16, n_class=6, m=0.2, s=30, test_step=1, device='cpu'
+    )
+
+
 def run(voices, *flags, **options):
+    """Runs the command with SMALL and `voices`, which `options` override."""
     trainECAPAModel.main(command_line(*flags, **{**SMALL, **voices, **options}))
 
 
@@ -51,41 +62,53 @@ def trained(voices, short_crops, tmp_path_factory):
 def assert_same_run(a, b):
     assert (a / 'score.txt').read_bytes() == (b / 'score.txt').read_bytes()
     for path in sorted((a / 'model').glob('*.model')):
-        first, second = weights(path), weights(b / 'model' / path.name)
+        first = weights(path)
+        second = weights(b / 'model' / path.name)
         assert list(first) == list(second)
         assert all(torch.equal(first[name], second[name]) for name in first), path.name
 
 
 def test_score_txt_and_checkpoints(trained):
-    lines = (trained / 'score.txt').read_text().splitlines()
-    pattern = r'%d epoch, LR %s, LOSS \d+\.\d{6}, ACC \d+\.\d\d%%, EER \d+\.\d\d%%, bestEER \d+\.\d\d%%'
-    assert len(lines) == 2
-    assert re.fullmatch(pattern % (2, '0.001000'), lines[0])
-    assert re.fullmatch(pattern % (4, '0.000970'), lines[1])
-    assert [path.name for path in sorted((trained / 'model').glob('*.model'))] == [
-        'model_0002.model',
-        'model_0004.model',
-    ]
+    first, second = (trained / 'score.txt').read_text().splitlines()
+    figures = r'LOSS \d+\.\d{6}, ACC \d+\.\d\d%, EER \d+\.\d\d%, bestEER \d+\.\d\d%'
+    assert re.fullmatch(f'2 epoch, LR 0.001000, {figures}', first)
+    assert re.fullmatch(f'4 epoch, LR 0.000970, {figures}', second)
+
+    models = sorted(path.name for path in (trained / 'model').glob('*.model'))
+    assert models == ['model_0002.model', 'model_0004.model']
+
     scores = read_scores(trained / 'score.txt')
-    assert [score[5] for score in scores] == [scores[0][4], min(scores[0][4], scores[1][4])]
+    eers = [score[4] for score in scores]
+    assert [score[5] for score in scores] == [eers[0], min(eers)]
+
+
+def number_of_parameters(module):
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def test_the_plan_comes_first_and_a_log_has_no_progress_bar(voices, tmp_path):
-    command = [sys.executable, str(ROOT / 'trainECAPAModel.py')]
-    arguments = command_line(**{**SMALL, **voices, 'max_epoch': 1, 'save_path': tmp_path / 'exp'})
-    done = subprocess.run(command + arguments, capture_output=True, text=True, cwd=tmp_path, check=True)
+    arguments = command_line(**SMALL, **voices, max_epoch=1, save_path=tmp_path / 'exp')
+    command = [sys.executable, str(ROOT / 'trainECAPAModel.py'), *arguments]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    plan, _, rest = process.stdout.partition('start ')
+
     utterances = len(Path(voices['train_list']).read_text().splitlines())
-    plan, _, rest = done.stdout.partition('start ')
     assert f'6 speakers, {utterances} utterances' in plan
     assert f'{utterances // 8} steps of 8 utterances' in plan
-    system = ECAPAModel(lr=0.001, lr_decay=0.97, C=16, n_class=6, m=0.2, s=30, test_step=1, device='cpu')
-    parameters = [sum(p.numel() for p in part.parameters()) for part in (system.speaker_encoder, system.speaker_loss)]
-    assert f'{parameters[0]:,} in the encoder, {parameters[1]:,} in the classifier of 6 speakers' in plan
+
+    system = make_system()
+    encoder = number_of_parameters(system.speaker_encoder)
+    classifier = number_of_parameters(system.speaker_loss)
+    sizes = f'{encoder:,} in the encoder, {classifier:,} in the classifier of 6 speakers'
+    assert sizes in plan
+
     rirs = len(list(Path(voices['rir_path']).rglob('*.wav')))
     noises = len(list(Path(voices['musan_path'], 'noise').rglob('*.wav')))
-    assert f'{noises} noise' in plan and f'{rirs} RIRs' in plan
+    assert f'{noises} noise' in plan
+    assert f'{rirs} RIRs' in plan
+
     assert 'epoch 1, LR 0.001000' in rest
-    assert done.stderr == '', 'progress bars are for terminals'
+    assert process.stderr == '', 'progress bars are for terminals'
 
 
 def test_the_same_command_gives_the_same_run(voices, trained, tmp_path):
@@ -95,7 +118,8 @@ def test_the_same_command_gives_the_same_run(voices, trained, tmp_path):
 
 def test_another_seed_gives_another_run(voices, trained, tmp_path):
     run(voices, max_epoch=2, test_step=2, save_path=tmp_path / 'other', seed=11)
-    assert read_scores(tmp_path / 'other/score.txt')[0] != read_scores(trained / 'score.txt')[0]
+    other = read_scores(tmp_path / 'other/score.txt')
+    assert other[0] != read_scores(trained / 'score.txt')[0]
 
 
 def test_a_continued_run_equals_an_uninterrupted_one(voices, trained, tmp_path, capsys):
@@ -116,6 +140,7 @@ def test_resume_passes_over_a_damaged_checkpoint(voices, trained, tmp_path, caps
     run(voices, max_epoch=4, test_step=2, save_path=tmp_path / 'exp')
     newest = tmp_path / 'exp/model/model_0004.model'
     newest.write_bytes(newest.read_bytes()[:5000])
+
     capsys.readouterr()
     run(voices, max_epoch=4, test_step=2, save_path=tmp_path / 'exp')
     output = capsys.readouterr()
@@ -125,11 +150,16 @@ def test_resume_passes_over_a_damaged_checkpoint(voices, trained, tmp_path, caps
 
 
 def test_a_checkpoint_of_the_published_code_is_continued(voices, trained, tmp_path, capsys):
-    """It has no state beside it: weights and best EER carry over, the optimiser starts from the beginning."""
+    """It has no state beside it.
+
+    Weights and best EER carry over, the optimiser starts from the beginning.
+    """
     folder = tmp_path / 'exp'
     (folder / 'model').mkdir(parents=True)
-    (folder / 'model/model_0004.model').write_bytes((trained / 'model/model_0004.model').read_bytes())
-    (folder / 'score.txt').write_text('4 epoch, LR 0.000970, LOSS 9.0, ACC 1.00%, EER 0.01%, bestEER 0.01%\n')
+    shutil.copy(trained / 'model/model_0004.model', folder / 'model')
+    line = '4 epoch, LR 0.000970, LOSS 9.0, ACC 1.00%, EER 0.01%, bestEER 0.01%\n'
+    (folder / 'score.txt').write_text(line)
+
     run(voices, max_epoch=6, test_step=2, save_path=folder)
     assert 'optimiser starts from the beginning' in capsys.readouterr().err
     scores = read_scores(folder / 'score.txt')
@@ -138,22 +168,35 @@ def test_a_checkpoint_of_the_published_code_is_continued(voices, trained, tmp_pa
 
 
 def test_eval_gives_the_figures_of_training(voices, trained, capsys):
-    options = {name: voices[name] for name in ('eval_list', 'eval_path')}
     model = trained / 'model/model_0004.model'
-    save_path = trained.parent / 'evaluated'
-    trainECAPAModel.main(command_line('--eval', initial_model=model, save_path=save_path, device='cpu', **options))
-    header, row = (line.split() for line in capsys.readouterr().out.splitlines()[-2:])
-    found = dict(zip(header, row))
-    assert float(found['EER'].rstrip('%')) == read_scores(trained / 'score.txt')[-1][4]
-    assert float(found['minDCF(0.01)']) >= float(found['minDCF(0.05)'])
-    system = ECAPAModel(lr=0.001, lr_decay=0.97, C=16, n_class=6, m=0.2, s=30, test_step=1, device='cpu')
+    arguments = command_line(
+        '--eval',
+        initial_model=model,
+        save_path=trained.parent / 'evaluated',
+        device='cpu',
+        eval_list=voices['eval_list'],
+        eval_path=voices['eval_path'],
+    )
+    trainECAPAModel.main(arguments)
+
+    header, row = capsys.readouterr().out.splitlines()[-2:]
+    figures = dict(zip(header.split(), row.split()))
+    last = read_scores(trained / 'score.txt')[-1]
+    assert float(figures['EER'].rstrip('%')) == last[4]
+    assert float(figures['minDCF(0.01)']) >= float(figures['minDCF(0.05)'])
+
+    system = make_system()
     system.load_parameters(model)
-    eer, min_dcf = system.eval_network(eval_list=str(voices['eval_list']), eval_path=str(voices['eval_path']))
-    assert (f'{eer:.2f}%', f'{min_dcf:.4f}') == (found['EER'], found['minDCF(0.05)'])
+    eer, min_dcf = system.eval_network(
+        eval_list=str(voices['eval_list']), eval_path=str(voices['eval_path'])
+    )
+    assert f'{eer:.2f}%' == figures['EER']
+    assert f'{min_dcf:.4f}' == figures['minDCF(0.05)']
 
 
 def test_eval_refuses_another_size(voices, trained, capsys):
-    arguments = command_line('--eval', initial_model=trained / 'model/model_0004.model', C=64, **voices)
+    model = trained / 'model/model_0004.model'
+    arguments = command_line('--eval', initial_model=model, C=64, **voices)
     with pytest.raises(SystemExit) as stop:
         trainECAPAModel.main(arguments)
     assert stop.value.code == 2
@@ -163,33 +206,49 @@ def test_eval_refuses_another_size(voices, trained, capsys):
 def test_fine_tuning_on_other_speakers(voices, trained, tmp_path, capsys):
     lines = Path(voices['train_list']).read_text().splitlines(keepends=True)
     speakers = sorted({line.split()[0] for line in lines})[:3]
-    (tmp_path / 'three.txt').write_text(''.join(line for line in lines if line.split()[0] in speakers))
-    options = {**voices, 'train_list': tmp_path / 'three.txt', 'initial_model': trained / 'model/model_0004.model'}
-    del options['eval_list']
-    (tmp_path / 'start.txt').write_text('# fine-tuning\n--lr 0 --max_epoch 1  # only the statistics move\n')
-    arguments = {**SMALL, **options, 'eval_list': voices['eval_list'], 'save_path': tmp_path / 'exp'}
-    del arguments['C']
-    trainECAPAModel.main([f'@{tmp_path}/start.txt', *command_line(**arguments)])
+    lines = [line for line in lines if line.split()[0] in speakers]
+    (tmp_path / 'three.txt').write_text(''.join(lines))
+    recipe = tmp_path / 'start.txt'
+    recipe.write_text('# fine-tuning\n--lr 0 --max_epoch 1  # only the statistics move\n')
+
+    model = trained / 'model/model_0004.model'
+    options = {**SMALL, **voices}
+    options['train_list'] = tmp_path / 'three.txt'
+    options['initial_model'] = model
+    options['save_path'] = tmp_path / 'exp'
+    del options['C']
+    trainECAPAModel.main([f'@{recipe}', *command_line(**options)])
     assert 'left out: speaker_loss.weight' in capsys.readouterr().out
-    before, after = (weights(path) for path in (options['initial_model'], tmp_path / 'exp/model/model_0001.model'))
+
+    before = weights(model)
+    after = weights(tmp_path / 'exp/model/model_0001.model')
     assert after['speaker_loss.weight'].shape == (3, 192)
-    names = [name for name in before if name.startswith('speaker_encoder') and 'running' not in name]
-    assert all(torch.equal(before[name], after[name]) for name in names if 'tracked' not in name)
+    for name in before:
+        statistic = 'running' in name or 'tracked' in name
+        if name.startswith('speaker_encoder') and not statistic:
+            assert torch.equal(before[name], after[name])
 
 
 def test_a_recipe_is_read_where_it_stands(tmp_path):
-    (tmp_path / 'recipe.txt').write_text("# a recipe\n--C 64 --lr 0.01\n\n--save_path 'exps/with space'\n")
-    parse = trainECAPAModel.make_parser().parse_args
-    args = parse(['--lr', '0.1', f'@{tmp_path}/recipe.txt', '--C', '128'])
-    assert (args.C, args.lr, args.save_path) == (128, 0.01, 'exps/with space')
+    recipe = tmp_path / 'recipe.txt'
+    recipe.write_text("# a recipe\n--C 64 --lr 0.01\n\n--save_path 'exps/with space'\n")
+    parser = trainECAPAModel.make_parser()
+    args = parser.parse_args(['--lr', '0.1', f'@{recipe}', '--C', '128'])
+    assert args.C == 128
+    assert args.lr == 0.01
+    assert args.save_path == 'exps/with space'
 
 
 def test_memory_is_pinned_for_a_gpu_alone(voices, tmp_path, monkeypatch):
     """Pinning opens a context on a GPU, which a run on the CPU does not need."""
-    pinned, make_batches = [], dataLoader.make_batches
-    monkeypatch.setattr(
-        dataLoader, 'make_batches', lambda *args, **how: pinned.append(how['pin_memory']) or make_batches(*args)
-    )
+    pinned = []
+    make_batches = dataLoader.make_batches
+
+    def watched(*args, pin_memory, **others):
+        pinned.append(pin_memory)
+        return make_batches(*args)
+
+    monkeypatch.setattr(dataLoader, 'make_batches', watched)
     monkeypatch.setattr('torch.cuda.is_available', lambda: True)
     run(voices, '--check', save_path=tmp_path / 'exp')
     assert pinned == [False]
@@ -197,9 +256,23 @@ def test_memory_is_pinned_for_a_gpu_alone(voices, tmp_path, monkeypatch):
 
 def test_defaults_of_the_published_command():
     args = trainECAPAModel.make_parser().parse_args([])
-    expected = dict(num_frames=200, max_epoch=80, batch_size=400, test_step=1, lr=0.001, lr_decay=0.97)
-    expected.update(m=0.2, s=30, save_path='exps/exp1', initial_model='', eval=False, seed=10, device='auto')
-    expected.update(eval_list=['data/VoxCeleb1/veri_test2.txt'], rir_path='data/RIRS_NOISES/simulated_rirs')
+    expected = {
+        'num_frames': 200,
+        'max_epoch': 80,
+        'batch_size': 400,
+        'test_step': 1,
+        'lr': 0.001,
+        'lr_decay': 0.97,
+        'm': 0.2,
+        's': 30,
+        'save_path': 'exps/exp1',
+        'initial_model': '',
+        'eval': False,
+        'seed': 10,
+        'device': 'auto',
+        'eval_list': ['data/VoxCeleb1/veri_test2.txt'],
+        'rir_path': 'data/RIRS_NOISES/simulated_rirs',
+    }
     assert {name: getattr(args, name) for name in expected} == expected
 
 

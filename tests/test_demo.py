@@ -1,4 +1,7 @@
-"""The demo's voices: same corpus for the same seed, and voices that differ by voice, not by level or channel."""
+"""The demo's voices: the same corpus for the same seed, and voices that differ as voices do.
+
+They differ by voice, not by level or channel.
+"""
 
 import re
 from pathlib import Path
@@ -19,7 +22,8 @@ ROOT = Path(__file__).parents[1]
 
 def contents(folder):
     """{path: bytes} of all files of a corpus but its marker."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob('*') if p.suffix in ('.wav', '.txt')}
+    files = [path for path in folder.rglob('*') if path.suffix in ('.wav', '.txt')]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def test_a_corpus_follows_from_its_seed(tmp_path, capsys):
@@ -27,19 +31,30 @@ def test_a_corpus_follows_from_its_seed(tmp_path, capsys):
     voices.make_corpus(tmp_path / 'a', **small, processes=1)
     voices.make_corpus(tmp_path / 'b', **small, processes=2)
     voices.make_corpus(tmp_path / 'c', **small, processes=2, seed=11)
-    first, second, other = (contents(tmp_path / name) for name in 'abc')
-    assert first == second and first.keys() == other.keys()
-    assert all(other[name] != data for name, data in first.items() if 'id000' in name and name.endswith('.wav'))
+
+    first = contents(tmp_path / 'a')
+    other = contents(tmp_path / 'c')
+    assert first == contents(tmp_path / 'b')
+    assert first.keys() == other.keys()
+    utterances = [name for name in first if 'id000' in name and name.endswith('.wav')]
+    assert all(other[name] != first[name] for name in utterances)
+
     for path in (tmp_path / 'a').rglob('*.wav'):
         info = soundfile.info(path)
         assert (info.samplerate, info.channels, info.subtype) == (16000, 1, 'PCM_16')
-        audio = soundfile.read(path)[0]
+        audio, _ = soundfile.read(path)
         assert 0.001 < np.abs(audio).max() < 1, path
+
     lines = (tmp_path / 'a/VoxCeleb1/veri_test2.txt').read_text().splitlines()
     pairs = [tuple(sorted(line.split()[1:])) for line in lines]
-    assert len(set(pairs)) == len(pairs) and all(a != b for a, b in pairs)
-    train = (tmp_path / 'a/VoxCeleb2/train_list.txt').read_text()
-    assert {line.split()[0] for line in train.splitlines()}.isdisjoint(name.split('/')[0] for p in pairs for name in p)
+    assert len(set(pairs)) == len(pairs)
+    assert all(a != b for a, b in pairs)
+
+    lines = (tmp_path / 'a/VoxCeleb2/train_list.txt').read_text().splitlines()
+    train_speakers = {line.split()[0] for line in lines}
+    test_speakers = {name.split('/')[0] for pair in pairs for name in pair}
+    assert train_speakers.isdisjoint(test_speakers)
+
     capsys.readouterr()
     voices.make_corpus(tmp_path / 'a', **small)
     assert 'there already' in capsys.readouterr().out
@@ -49,56 +64,88 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
     (tmp_path / 'thesis.txt').write_text('years of work')
     with pytest.raises(SystemExit) as stop:
         voices.main(['--out', str(tmp_path)])
-    assert stop.value.code == 2 and 'choose another folder' in capsys.readouterr().err
+    assert stop.value.code == 2
+    assert 'choose another folder' in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ['thesis.txt']
 
 
 def test_the_demo_trains_on_enough_speakers():
     text = (ROOT / 'exps/demo/run.sh').read_text()
-    assert 'trainECAPAModel.py @exps/demo/options.txt' in text and 'voices.py' in text
-    defaults = voices.make_corpus.__defaults__
-    assert defaults[0] >= 60 and defaults[1] >= 20
+    assert 'trainECAPAModel.py @exps/demo/options.txt' in text
+    assert 'voices.py' in text
+
+    train_speakers, test_speakers, *_ = voices.make_corpus.__defaults__
+    assert train_speakers >= 60
+    assert test_speakers >= 20
+
     args = trainECAPAModel.make_parser().parse_args([f'@{ROOT}/exps/demo/options.txt'])
-    assert args.save_path == 'exps/demo/result' and args.max_epoch % args.test_step == 0
+    assert args.save_path == 'exps/demo/result'
+    assert args.max_epoch % args.test_step == 0
+
+
+def shuffle_labels(train_list, path):
+    """Writes a training list whose speakers have changed places at random."""
+    rows = [line.split() for line in train_list.read_text().splitlines()]
+    names = [name for _, name in rows]
+    speakers = np.random.default_rng(0).permutation([speaker for speaker, _ in rows])
+    path.write_text(''.join(f'{speaker} {name}\n' for speaker, name in zip(speakers, names)))
 
 
 @pytest.mark.slow
 def test_training_learns_the_voice(tmp_path, capsys, short_crops):
-    """EER on unseen voices: trained, under that of the untrained network and of one trained on shuffled labels.
+    """EER on unseen voices: trained, beside untrained and trained on shuffled labels.
 
-    With five seeds, each with PyTorch's kernels for three kinds of processors, trained EERs were 14.9 to 18.8 %; the
-    ratio to untrained was 0.43 on average, with a deviation of 0.044, and that to shuffled labels 0.41 and 0.046.
+    With five seeds, each with PyTorch's kernels for three kinds of processors, trained EERs were
+    14.9 to 18.8 %; the ratio to untrained was 0.43 on average, with a deviation of 0.044, and that
+    to shuffled labels 0.41 and 0.046.
     """
     corpus = tmp_path / 'corpus'
     voices.make_corpus(corpus, train_speakers=20, test_speakers=8, utterances=8, seconds=2.5)
     train_list = corpus / 'VoxCeleb2/train_list.txt'
-    lines = [line.split() for line in train_list.read_text().splitlines()]
-    speakers = np.random.default_rng(0).permutation([speaker for speaker, _ in lines])
     shuffled = tmp_path / 'shuffled.txt'
-    shuffled.write_text(''.join(f'{speaker} {name}\n' for speaker, (_, name) in zip(speakers, lines)))
-    options = {
-        'train_path': corpus / 'VoxCeleb2/train/wav',
+    shuffle_labels(train_list, shuffled)
+
+    trials = {
         'eval_list': corpus / 'VoxCeleb1/veri_test2.txt',
         'eval_path': corpus / 'VoxCeleb1/test/wav',
-        'musan_path': corpus / 'musan_split',
-        'rir_path': corpus / 'simulated_rirs',
-        **{'C': 64, 'num_frames': 100, 'batch_size': 16, 'n_cpu': 1, 'device': 'cpu'},
     }
     eers = {}
     for name, path in (('trained', train_list), ('shuffled', shuffled)):
         folder = tmp_path / name
-        trainECAPAModel.main(
-            command_line(**options, train_list=path, save_path=folder, max_epoch=8, test_step=8, lr=0.0005, s=10)
+        arguments = command_line(
+            train_list=path,
+            train_path=corpus / 'VoxCeleb2/train/wav',
+            musan_path=corpus / 'musan_split',
+            rir_path=corpus / 'simulated_rirs',
+            save_path=folder,
+            C=64,
+            num_frames=100,
+            batch_size=16,
+            max_epoch=8,
+            test_step=8,
+            lr=0.0005,
+            s=10,
+            n_cpu=1,
+            device='cpu',
+            **trials,
         )
-        eers[name] = read_scores(folder / 'score.txt')[-1][4]
+        trainECAPAModel.main(arguments)
+        last = read_scores(folder / 'score.txt')[-1]
+        eers[name] = last[4]
+
     torch.manual_seed(0)
-    system = ECAPAModel(lr=0.001, lr_decay=0.97, C=64, n_class=2, m=0.2, s=30, test_step=1, device='cpu')
-    system.save_parameters(tmp_path / 'untrained.model')
-    capsys.readouterr()
-    scored = {name: options[name] for name in ('eval_list', 'eval_path', 'device')}
-    trainECAPAModel.main(
-        command_line('--eval', initial_model=tmp_path / 'untrained.model', save_path=tmp_path / 'untrained', **scored)
+    system = ECAPAModel(
+        lr=0.001, lr_decay=0.97, C=64, n_class=2, m=0.2, s=30, test_step=1, device='cpu'
     )
+    model = tmp_path / 'untrained.model'
+    system.save_parameters(model)
+    capsys.readouterr()
+    arguments = command_line(
+        '--eval', initial_model=model, save_path=tmp_path / 'untrained', device='cpu', **trials
+    )
+    trainECAPAModel.main(arguments)
     eers['untrained'] = float(re.search(r'([\d.]+)%', capsys.readouterr().out)[1])
-    assert eers['trained'] < 0.7 * eers['untrained'] and eers['trained'] < 0.7 * eers['shuffled'], eers
+
+    assert eers['trained'] < 0.7 * eers['untrained'], eers
+    assert eers['trained'] < 0.7 * eers['shuffled'], eers
     print(eers)

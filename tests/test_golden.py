@@ -1,4 +1,7 @@
-"""The numbers of the reference: features, embeddings, losses, gradients, Adam steps, measures, a real evaluation."""
+"""The numbers of the reference.
+
+Features, embeddings, losses, gradients, Adam steps, measures, a real evaluation.
+"""
 
 import copy
 import json
@@ -15,7 +18,16 @@ from tools import ComputeErrorRates, ComputeMinDcf, operating_points, tuneThresh
 
 
 def make_system(C, n_class, test_step=1):
-    return ECAPAModel(lr=0.001, lr_decay=0.97, C=C, n_class=n_class, m=0.2, s=30, test_step=test_step, device='cpu')
+    return ECAPAModel(
+        lr=0.001,
+        lr_decay=0.97,
+        C=C,
+        n_class=n_class,
+        m=0.2,
+        s=30,
+        test_step=test_step,
+        device='cpu',
+    )
 
 
 @pytest.fixture(scope='module')
@@ -27,34 +39,42 @@ def trained(golden):
 
 # Rounding in float32, half a unit in the last place of a number near 1.
 ROUNDING = 2**-24
-# A logarithm (14 at most), its mean over time and their difference are rounded by half a unit in the last place each.
+# A logarithm (14 at most), its mean over time and their difference are each rounded by half a unit
+# in the last place.
 LOG_ERROR = 3 * 8 * ROUNDING
 
 
 def assert_log_mels(encoder, waves, *candidates, every=1):
-    """Each candidate (B, 80, T / every) is within float32's rounding of the log-mels (less their means over time) of
-    waves (B, samples), computed in float64.
+    """Each candidate (B, 80, T / every) is within float32's rounding of the log-mels.
 
-    A logarithm of next to nothing has no digits: an FFT spreads the rounding of its loud bins over all of them. So the
-    roots of the energies are compared. Such a root is a norm of the band's bins, and errs by no more than these do.
+    These are the log-mels, less their means over time, of waves (B, samples), computed in float64.
+
+    A logarithm of next to nothing has no digits: an FFT spreads the rounding of its loud bins over
+    all of them. So the roots of the energies are compared. Such a root is a norm of the band's
+    bins, and errs by no more than these do.
     """
     exact = copy.deepcopy(encoder.torchfbank).double()
     energies = exact(waves.double()) + 1e-6
     roots = energies.sqrt()
     log_means = energies.log().mean(dim=2, keepdim=True)
 
-    # The root mean square of a spectrum's bins is the norm of its frame, which pre-emphasis at most doubles.
-    # Each of the 9 stages of an FFT of 512 points rounds once, and independent errors add as their squares.
-    frames = torch.nn.functional.pad(waves.double(), (256, 256), 'reflect').unfold(1, 512, 160)
+    # The root mean square of a spectrum's bins is the norm of its frame, which pre-emphasis at most
+    # doubles. Each of the 9 stages of an FFT of 512 points rounds once, and independent errors add
+    # as their squares.
+    padded = torch.nn.functional.pad(waves.double(), (256, 256), 'reflect')
+    frames = padded.unfold(1, 512, 160)
     bin_errors = 9**0.5 * ROUNDING * 2 * frames.norm(dim=2)  # (B, T)
-    band_weights = exact[1].mel_scale.fb.sum(dim=0)  # (80,)
+
     # Five deviations: a band in a million has more.
+    band_weights = exact[1].mel_scale.fb.sum(dim=0)  # (80,)
     root_errors = 5 * band_weights.sqrt().unsqueeze(1) * bin_errors.unsqueeze(1)
     mean_errors = (2 * root_errors / roots).mean(dim=2, keepdim=True)
     bounds = root_errors + roots * (mean_errors + LOG_ERROR) / 2
+
     for candidate in candidates:
-        candidate_roots = ((torch.as_tensor(candidate).double() + log_means) / 2).exp()
-        used = ((candidate_roots - roots[:, :, ::every]).abs() / bounds[:, :, ::every]).max()
+        log_mel = torch.as_tensor(candidate).double() + log_means
+        errors = (log_mel / 2).exp() - roots[:, :, ::every]
+        used = (errors.abs() / bounds[:, :, ::every]).max()
         assert used < 1, f'{used:.2f} times what rounding explains'
 
 
@@ -71,10 +91,11 @@ def test_portable_log_mel(portable):
 def test_portable_network(portable, C):
     system = portable_system(C)
     waves = torch.from_numpy(np.stack([wave(i, 32240) for i in range(4)]))
+    long_wave = torch.from_numpy(wave(9, 77777))[None]
     system.eval()
     with torch.no_grad():
         embedding = system.speaker_encoder(waves, aug=False)
-        longer = system.speaker_encoder(torch.from_numpy(wave(9, 77777))[None], aug=False)
+        longer = system.speaker_encoder(long_wave, aug=False)
     np.testing.assert_allclose(embedding, portable[f'embedding_eval_C{C}'], atol=1e-4)
     np.testing.assert_allclose(longer, portable[f'embedding_eval_77777_samples_C{C}'], atol=1e-4)
 
@@ -85,28 +106,38 @@ def test_portable_network(portable, C):
     np.testing.assert_allclose(embedding.detach(), portable[f'embedding_train_C{C}'], atol=1e-4)
     np.testing.assert_allclose(loss.item(), portable[f'loss_train_C{C}'], rtol=1e-4)
     assert accuracy.item() == portable[f'accuracy_train_C{C}']
+
     parameters = dict(system.named_parameters())
-    norms = [key for key in portable.files if key.startswith('grad_l2/') and key.endswith(f'/C{C}')]
-    assert len(norms) == 6
-    for key in norms:
-        norm = parameters[key.split('/')[1]].grad.norm().item()
-        np.testing.assert_allclose(norm, portable[key], rtol=1e-3, err_msg=key)
+    keys = [key.split('/') for key in portable.files if key.startswith('grad_l2/')]
+    names = [name for _, name, size in keys if size == f'C{C}']
+    assert len(names) == 6
+    for name in names:
+        norm = parameters[name].grad.norm().item()
+        expected = portable[f'grad_l2/{name}/C{C}']
+        np.testing.assert_allclose(norm, expected, rtol=1e-3, err_msg=name)
 
 
 def test_forward(golden, trained):
     expected = np.load(golden / 'forward.npz')
     waves = torch.from_numpy(expected['wav_int16'].astype(np.float32) / 32768)
+    joined = waves[:2].reshape(1, -1)[:, :50001]
     encoder = trained.speaker_encoder
+
+    encoder.eval()
     with torch.no_grad():
-        encoder.eval()
-        assert_log_mels(encoder, waves, encoder.features(waves), expected['log_mel'])
-        np.testing.assert_allclose(encoder(waves, aug=False), expected['embedding_eval'], atol=1e-4)
-        joined = waves[:2].reshape(1, -1)[:, :50001]
-        first = encoder(joined, aug=False)
-        np.testing.assert_allclose(first, expected['embedding_eval_first50001_of_wav0_wav1'], atol=1e-4)
-        before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
-        encoder.train()
-        np.testing.assert_allclose(encoder(waves, aug=False), expected['embedding_train'], atol=1e-4)
+        log_mel = encoder.features(waves)
+        assert_log_mels(encoder, waves, log_mel, expected['log_mel'])
+        embedding = encoder(waves, aug=False)
+        np.testing.assert_allclose(embedding, expected['embedding_eval'], atol=1e-4)
+        embedding = encoder(joined, aug=False)
+        expected_of_joined = expected['embedding_eval_first50001_of_wav0_wav1']
+        np.testing.assert_allclose(embedding, expected_of_joined, atol=1e-4)
+
+    before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+    encoder.train()
+    with torch.no_grad():
+        embedding = encoder(waves, aug=False)
+    np.testing.assert_allclose(embedding, expected['embedding_train'], atol=1e-4)
     trained.load_state_dict(before)
 
 
@@ -118,16 +149,22 @@ def test_three_adam_steps(golden):
     system.train()
     waves = torch.from_numpy(expected['wav_int16'].astype(np.float32) / 32768)
     labels = torch.from_numpy(expected['label'])
-    losses = [system.train_step(*batch)[0].item() for batch in zip(waves, labels)]
+
+    losses = []
+    for audio, label in zip(waves, labels):
+        loss, _, _ = system.train_step(audio, label)
+        losses.append(loss.item())
     np.testing.assert_allclose(losses, expected['loss'], rtol=1e-4)
+
     state = system.state_dict()
-    weights = [key.removeprefix('after/') for key in expected.files if key.startswith('after/')]
-    assert len(weights) == 6
-    for name in weights:
-        np.testing.assert_allclose(
-            state[name].flatten()[:512], expected[f'after/{name}'], rtol=1e-4, atol=2e-4, err_msg=name
-        )
-        np.testing.assert_allclose(state[name].abs().mean(), expected[f'mean_abs/{name}'], rtol=1e-4)
+    names = [key.removeprefix('after/') for key in expected.files if key.startswith('after/')]
+    assert len(names) == 6
+    for name in names:
+        first = state[name].flatten()[:512]
+        after = expected[f'after/{name}']
+        np.testing.assert_allclose(first, after, rtol=1e-4, atol=2e-4, err_msg=name)
+        size = state[name].abs().mean()
+        np.testing.assert_allclose(size, expected[f'mean_abs/{name}'], rtol=1e-4)
 
 
 def test_aam_softmax(golden):
@@ -159,47 +196,77 @@ def test_noise_at_a_signal_to_noise_ratio(golden, tmp_path, monkeypatch):
     dataset = object.__new__(dataLoader.train_loader)
     write_wav(tmp_path / 'noise.wav', expected['noise'])
     dataset.noises = {'noise': dataLoader.NoiseFiles(tmp_path)}
-    np.testing.assert_allclose(dataset.add_noise(expected['clean'], 'noise'), expected['noisy'], atol=1e-6)
+    noisy = dataset.add_noise(expected['clean'], 'noise')
+    np.testing.assert_allclose(noisy, expected['noisy'], atol=1e-6)
 
 
 @pytest.mark.parametrize('case', range(5))
 def test_measures(golden, case):
     expected = np.load(golden / 'metrics.npz')
-    scores, labels = expected[f'scores{case}'], expected[f'labels{case}']
+    scores = expected[f'scores{case}']
+    labels = expected[f'labels{case}']
+    expected_eer = expected[f'eer_percent{case}']
+    expected_costs = {
+        0.05: expected[f'min_dcf_p0.05_{case}'],
+        0.01: expected[f'min_dcf_p0.01_{case}'],
+    }
+
     tuned, eer, fpr, fnr = tuneThresholdfromScore(scores, labels, [1, 0.1])
-    assert eer == expected[f'eer_percent{case}']
+    assert eer == expected_eer
     assert len(fpr) == len(fnr)
     np.testing.assert_allclose(tuned, expected[f'tuned_threshold_fa1_fa0.1_{case}'], rtol=1e-6)
+
     rates = ComputeErrorRates(scores, labels)
-    for p_target in (0.05, 0.01):
-        assert ComputeMinDcf(*rates, p_target, 1, 1)[0] == expected[f'min_dcf_p{p_target}_{case}']
-    figures = [expected[f'{name}_{case}'] for name in ('min_dcf_p0.05', 'min_dcf_p0.01')]
+    for p_target, expected_cost in expected_costs.items():
+        cost, _ = ComputeMinDcf(*rates, p_target, 1, 1)
+        assert cost == expected_cost
+
     points = operating_points(scores, labels)
-    assert [points[name]['value'] for name in ('EER', 'minDCF(0.05)', 'minDCF(0.01)')] == [eer, *figures]
+    assert points['EER']['value'] == eer
+    assert points['minDCF(0.05)']['value'] == expected_costs[0.05]
+    assert points['minDCF(0.01)']['value'] == expected_costs[0.01]
 
 
 def test_learning_rates(golden):
     curves = json.loads((golden / 'learning_rates.json').read_text())
     assert len(curves) == 2
-    for options, expected in curves.items():
-        lr, decay, step = (float(option.split('=')[1]) for option in options.split())
-        system = ECAPAModel(lr=lr, lr_decay=decay, C=8, n_class=2, m=0.2, s=30, test_step=int(step), device='cpu')
-        found = [system.set_learning_rate(epoch) for epoch in range(1, 81)]
-        np.testing.assert_allclose(found, expected, rtol=1e-12)
-        assert system.set_learning_rate(17) == found[16], 'the rate must not depend on the epochs run before'
+    for text, expected in curves.items():
+        options = dict(option.split('=') for option in text.split())
+        system = ECAPAModel(
+            lr=float(options['lr']),
+            lr_decay=float(options['lr_decay']),
+            C=8,
+            n_class=2,
+            m=0.2,
+            s=30,
+            test_step=int(options['test_step']),
+            device='cpu',
+        )
+        rates = [system.set_learning_rate(epoch) for epoch in range(1, 81)]
+        np.testing.assert_allclose(rates, expected, rtol=1e-12)
+        again = system.set_learning_rate(17)
+        assert again == rates[16], 'the rate must not depend on the epochs run before'
 
 
 @pytest.mark.slow
 def test_real_evaluation(golden, minivox, trained):
     expected = np.load(golden / 'evaluation.npz')
-    paths, (trials,) = dataLoader.read_trial_lists([minivox / 'trials.txt'], [minivox / 'eval'])
-    scores, figures = trained.score_lists(paths, [trials])[0]['raw']
+    eval_list = minivox / 'trials.txt'
+    paths, (trials,) = dataLoader.read_trial_lists([eval_list], [minivox / 'eval'])
+    scores, points = trained.score_lists(paths, [trials])[0]['raw']
     assert np.array_equal(trials.labels, expected['labels'])
     np.testing.assert_allclose(scores, expected['scores'], atol=1e-4)
-    points = [figures, operating_points(expected['scores'], trials.labels)]
-    found, given = ([p['EER']['value'], p['minDCF(0.05)']['value']] for p in points)
-    assert '{:.2f} {:.4f}'.format(*found) == f'{expected["eer_percent"]:.2f} {expected["min_dcf_p005"]:.4f}'
-    np.testing.assert_allclose(given, [expected['eer_percent'], expected['min_dcf_p005']], atol=1e-6)
+
+    eer = points['EER']['value']
+    cost = points['minDCF(0.05)']['value']
+    assert f'{eer:.2f}' == f'{expected["eer_percent"]:.2f}'
+    assert f'{cost:.4f}' == f'{expected["min_dcf_p005"]:.4f}'
+
+    points = operating_points(expected['scores'], trials.labels)
+    eer = points['EER']['value']
+    cost = points['minDCF(0.05)']['value']
+    np.testing.assert_allclose(eer, expected['eer_percent'], atol=1e-6)
+    np.testing.assert_allclose(cost, expected['min_dcf_p005'], atol=1e-6)
 
 
 def test_published_checkpoint_format(golden, tmp_path):

@@ -1,4 +1,4 @@
-"""Two processes train as one does: same epoch, same gradients, same evaluation, files written once."""
+"""Two processes train as one does: same epoch, gradients and evaluation, files written once."""
 
 import datetime
 import os
@@ -20,23 +20,48 @@ from tools import BadInput, process_count, process_rank, read_scores, sum_over_p
 from trainECAPAModel import join_processes
 
 ROOT = Path(__file__).parents[1]
+COMMAND = ROOT / 'trainECAPAModel.py'
 SMALL = {'C': 8, 'num_frames': 20, 'batch_size': 4, 'n_cpu': 1, 'max_epoch': 2, 'device': 'cpu'}
+
+
+def make_system():
+    return ECAPAModel(
+        lr=0.001, lr_decay=0.97, C=8, n_class=4, m=0.2, s=30, test_step=1, device='cpu'
+    )
 
 
 def torchrun(script, *arguments, restarts=0, cwd):
     """Runs a script in two processes of this machine; returns the finished launcher."""
-    launcher = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', f'--max-restarts={restarts}']
-    command = [*launcher, '--rdzv-backend=c10d', '--rdzv-endpoint=localhost:0', str(script), *arguments]
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'GLOO_SOCKET_IFNAME': 'lo', 'PYTHONPATH': str(ROOT)}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        '-m',
+        'torch.distributed.run',
+        '--nproc_per_node=2',
+        f'--max-restarts={restarts}',
+        '--rdzv-backend=c10d',
+        '--rdzv-endpoint=localhost:0',
+        str(script),
+        *arguments,
+    ]
+    environment = dict(os.environ)
+    environment['OMP_NUM_THREADS'] = '1'
+    environment['GLOO_SOCKET_IFNAME'] = 'lo'
+    environment['PYTHONPATH'] = str(ROOT)
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
 
 
 def in_two_processes(options, folder):
     """What each process saves in `folder`; runs under torchrun, at the end of this file."""
     torch.distributed.init_process_group('gloo')
     compiled = torch.compile(norm_of_all, backend='aot_eager', fullgraph=True)
-    errors = {'norm_errors': norm_errors(), 'compiled_norm_errors': norm_errors(norm_of_all=compiled)}
-    torch.save({**part_of_training(options), **errors}, f'{folder}/{process_rank()}.pt')
+    norm = norm_errors()
+    compiled_norm = norm_errors(norm_of_all=compiled)
+    result = part_of_training(options)
+    result['norm_errors'] = norm
+    result['compiled_norm_errors'] = compiled_norm
+    torch.save(result, f'{folder}/{process_rank()}.pt')
     torch.distributed.destroy_process_group()
 
 
@@ -46,25 +71,32 @@ def mean_over_processes(tensor):
 
 
 def part_of_training(options):
-    """Indices of an epoch; gradients of its first batch, with stored batch norm statistics and with its own; these; and
-    weights after two steps.
+    """What a process computes in training.
+
+    indices: of an epoch; gradients: of its first batch, with stored batch norm statistics and with
+    its own; statistics: these; weights: after two steps; embeddings: of five files.
     """
     dataset = train_loader(**options, num_frames=20, seed=1)
     loader = make_batches(dataset, batch_size=6, n_cpu=0)
     indices = [[index for _, index in batch] for batch in loader.batch_sampler]
+
     torch.manual_seed(1)
-    system = ECAPAModel(lr=0.001, lr_decay=0.97, C=8, n_class=4, m=0.2, s=30, test_step=1, device='cpu')
+    system = make_system()
     system.speaker_encoder.specaug = torch.nn.Identity()
     audio, labels = next(iter(loader))
     gradients = {}
     for mode in ('stored', 'own'):
         system.train(mode == 'own').zero_grad()
         system(audio, labels)[0].backward()
-        gradients[mode] = {name: mean_over_processes(p.grad) for name, p in system.named_parameters()}
+        gradients[mode] = {
+            name: mean_over_processes(p.grad) for name, p in system.named_parameters()
+        }
     statistics = {name: buffer.clone() for name, buffer in system.named_buffers()}
+
     for audio, labels in loader:
         system.train_step(audio, labels)
     embeddings = system.embed_files([dataset.path(i) for i in range(5)])
+
     return {
         'indices': indices,
         'gradients': gradients,
@@ -76,51 +108,76 @@ def part_of_training(options):
 
 @pytest.mark.slow
 def test_two_processes_share_an_epoch_and_agree(tree, tmp_path):
-    options = command_line(**tree)
-    done = torchrun(__file__, str(tmp_path), *options, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    first, second = (torch.load(tmp_path / f'{rank}.pt') for rank in (0, 1))
+    launcher = torchrun(__file__, str(tmp_path), *command_line(**tree), cwd=tmp_path)
+    assert launcher.returncode == 0, launcher.stderr
+    first = torch.load(tmp_path / '0.pt')
+    second = torch.load(tmp_path / '1.pt')
+    alone = part_of_training(tree)
+
     assert max(first['norm_errors'] + second['norm_errors']) < 1e-5
     assert max(first['compiled_norm_errors'] + second['compiled_norm_errors']) < 1e-5
-    alone = part_of_training(tree)
+
     assert len(alone['indices']) == 2
-    assert [a + b for a, b in zip(first['indices'], second['indices'])] == alone['indices']
-    for name, gradient in alone['gradients']['stored'].items():
-        assert torch.equal(first['gradients']['stored'][name], second['gradients']['stored'][name])
-        scale = gradient.abs().max().item()
-        np.testing.assert_allclose(first['gradients']['stored'][name], gradient, atol=1e-4 * scale + 1e-7, err_msg=name)
-    together, expected = (torch.cat([p.flatten() for p in run['gradients']['own'].values()]) for run in (first, alone))
+    joined = [a + b for a, b in zip(first['indices'], second['indices'])]
+    assert joined == alone['indices']
+
+    gradients = first['gradients']['stored']
+    for name, expected in alone['gradients']['stored'].items():
+        assert torch.equal(gradients[name], second['gradients']['stored'][name])
+        bound = 1e-4 * expected.abs().max().item() + 1e-7
+        np.testing.assert_allclose(gradients[name], expected, atol=bound, err_msg=name)
+
+    together = torch.cat([p.flatten() for p in first['gradients']['own'].values()])
+    expected = torch.cat([p.flatten() for p in alone['gradients']['own'].values()])
     assert (together - expected).norm() < 1e-4 * expected.norm()
-    for name, statistic in alone['statistics'].items():
-        np.testing.assert_allclose(first['statistics'][name], statistic, rtol=1e-4, atol=1e-6, err_msg=name)
-    assert all(torch.equal(tensor, second['weights'][name]) for name, tensor in first['weights'].items())
+
+    for name, expected in alone['statistics'].items():
+        statistic = first['statistics'][name]
+        np.testing.assert_allclose(statistic, expected, rtol=1e-4, atol=1e-6, err_msg=name)
+    for name, tensor in first['weights'].items():
+        assert torch.equal(tensor, second['weights'][name])
+
     assert torch.equal(first['embeddings'], second['embeddings'])
-    fresh = ECAPAModel(lr=0.001, lr_decay=0.97, C=8, n_class=4, m=0.2, s=30, test_step=1, device='cpu')
+    fresh = make_system()
     fresh.load_state_dict(first['weights'])
     names = [f'{tree["train_path"]}/id{n // 3}/session/{n % 3:05d}.wav' for n in range(5)]
     np.testing.assert_allclose(fresh.embed_files(names), first['embeddings'], atol=1e-5)
 
 
+def table_of_figures(output):
+    """What a command printed, from the heading EER on."""
+    return output[output.index('EER') :]
+
+
 @pytest.mark.slow
 def test_the_command_under_torchrun(tree, tmp_path, monkeypatch, capsys):
-    done = torchrun(ROOT / 'trainECAPAModel.py', *command_line(**{**SMALL, **tree}), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert '2 processes on cpu' in done.stdout
+    launcher = torchrun(COMMAND, *command_line(**SMALL, **tree), cwd=tmp_path)
+    assert launcher.returncode == 0, launcher.stderr
+    assert '2 processes on cpu' in launcher.stdout
     for line in ('start         from random weights', 'epoch 2, LR', 'epochs are done'):
-        assert done.stdout.count(line) == 1
+        assert launcher.stdout.count(line) == 1
+
     folder = Path(tree['save_path'])
     assert [score[0] for score in read_scores(folder / 'score.txt')] == [1, 2]
     assert sorted(os.listdir(folder / 'model')) == [
-        f'model_{n:04d}.{kind}' for n in (1, 2) for kind in ('model', 'state')
+        'model_0001.model',
+        'model_0001.state',
+        'model_0002.model',
+        'model_0002.state',
     ]
 
-    options = {name: tree[name] for name in ('eval_list', 'eval_path')}
-    options = command_line('--eval', initial_model=folder / 'model/model_0002.model', device='cpu', **options)
-    both = torchrun(ROOT / 'trainECAPAModel.py', *options, cwd=tmp_path)
+    arguments = command_line(
+        '--eval',
+        initial_model=folder / 'model/model_0002.model',
+        device='cpu',
+        eval_list=tree['eval_list'],
+        eval_path=tree['eval_path'],
+    )
+    launcher = torchrun(COMMAND, *arguments, cwd=tmp_path)
     monkeypatch.chdir(tmp_path)
-    trainECAPAModel.main(options)
-    figures = [table[table.index('EER') :] for table in (both.stdout, capsys.readouterr().out)]
-    assert figures[0] == figures[1]
+    trainECAPAModel.main(arguments)
+    alone = capsys.readouterr().out
+    assert table_of_figures(launcher.stdout) == table_of_figures(alone)
 
 
 @pytest.mark.slow
@@ -130,18 +187,18 @@ def test_a_restarted_job_goes_on_after_the_last_checkpoint(tree, tmp_path):
     script.write_text(
         'import os, signal, trainECAPAModel\n'
         'from pathlib import Path\n'
-        'test = trainECAPAModel.test\n'
-        'def killed_once(*args, **kwargs):\n'
-        '    test(*args, **kwargs)\n'
+        'score_epoch = trainECAPAModel.score_epoch\n'
+        'def killed_once(*args):\n'
+        '    score_epoch(*args)\n'
         '    if os.environ["RANK"] == "1" and not Path("killed").exists():\n'
         '        Path("killed").touch()\n'
         '        os.kill(os.getpid(), signal.SIGKILL)\n'
-        'trainECAPAModel.test = killed_once\n'
+        'trainECAPAModel.score_epoch = killed_once\n'
         'trainECAPAModel.main()\n'
     )
-    done = torchrun(script, *command_line(**{**SMALL, **tree}), restarts=1, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert 'after epoch 1' in done.stdout
+    launcher = torchrun(script, *command_line(**SMALL, **tree), restarts=1, cwd=tmp_path)
+    assert launcher.returncode == 0, launcher.stderr
+    assert 'after epoch 1' in launcher.stdout
     assert [score[0] for score in read_scores(tree['save_path'] + '/score.txt')] == [1, 2]
     weights(tree['save_path'] + '/model/model_0002.model')
 
@@ -153,16 +210,18 @@ def test_a_check_goes_through_the_files_once(tree, tmp_path):
     script.write_text(
         'import dataLoader, trainECAPAModel\n'
         'read_audio = dataLoader.read_audio\n'
-        'def watched(path, least=0):\n'
+        'def watched(path, *args, **kwargs):\n'
         '    with open("read.txt", "a") as file:\n'
         '        file.write(f"{path}\\n")\n'
-        '    return read_audio(path, least)\n'
+        '    return read_audio(path, *args, **kwargs)\n'
         'dataLoader.read_audio = watched\n'
         'trainECAPAModel.main()\n'
     )
-    done = torchrun(script, '--check', *command_line(**{**SMALL, **tree, 'n_cpu': 0}), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count('all is well') == 1
+    options = dict(SMALL, n_cpu=0)
+    launcher = torchrun(script, '--check', *command_line(**options, **tree), cwd=tmp_path)
+    assert launcher.returncode == 0, launcher.stderr
+    assert launcher.stdout.count('all is well') == 1
+
     paths = (tmp_path / 'read.txt').read_text().splitlines()
     for folder in ('train_path', 'eval_path', 'musan_path', 'rir_path'):
         files = sorted(str(path) for path in Path(tree[folder]).rglob('*.wav'))
@@ -171,12 +230,16 @@ def test_a_check_goes_through_the_files_once(tree, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'options, words', [({'eval_list': 'none.txt'}, '--eval_list'), ({'n_class': 2}, '--n_class 2')]
+    'option, value, words',
+    [('eval_list', 'none.txt', '--eval_list'), ('n_class', 2, '--n_class 2')],
 )
-def test_what_is_wrong_is_said_once(tree, tmp_path, options, words):
-    done = torchrun(ROOT / 'trainECAPAModel.py', *command_line(**{**SMALL, **tree, **options}), cwd=tmp_path)
-    assert done.returncode != 0
-    assert done.stderr.count(words) == 1 and 'trainECAPAModel.py", line' not in done.stderr
+def test_what_is_wrong_is_said_once(tree, tmp_path, option, value, words):
+    options = {**SMALL, **tree}
+    options[option] = value
+    launcher = torchrun(COMMAND, *command_line(**options), cwd=tmp_path)
+    assert launcher.returncode != 0
+    assert launcher.stderr.count(words) == 1
+    assert 'trainECAPAModel.py", line' not in launcher.stderr
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(tree, monkeypatch):
@@ -186,9 +249,9 @@ def test_a_batch_that_cannot_be_divided_is_refused(tree, monkeypatch):
 
 
 def test_machines_that_do_not_share_the_folder_are_told(tree, monkeypatch, capsys):
-    monkeypatch.setattr('tools.gather', lambda found: [*found, (7, True)])
+    monkeypatch.setattr('tools.gather', lambda starts: [*starts, (7, True)])
     with pytest.raises(SystemExit) as stop:
-        trainECAPAModel.main(command_line(**{**SMALL, **tree}))
+        trainECAPAModel.main(command_line(**SMALL, **tree))
     assert stop.value.code == 2
     assert 'after epochs [0, 7]' in capsys.readouterr().err
     assert not os.listdir(Path(tree['save_path'], 'model'))
@@ -196,12 +259,13 @@ def test_machines_that_do_not_share_the_folder_are_told(tree, monkeypatch, capsy
 
 @pytest.fixture
 def launched(monkeypatch):
-    """An environment as that of the second of two processes of torchrun, on a machine with two GPUs; a dict that is
-    filled with what the processes are joined with.
+    """What processes are joined with, in the second of two processes of torchrun with two GPUs.
+
+    The environment is made such, and the dict is filled when the processes are joined.
     """
-    environment = {'RUN_ID': 'job', 'RESTART_COUNT': '3', 'USE_AGENT_STORE': 'True'}
-    for name, value in environment.items():
-        monkeypatch.setenv(f'TORCHELASTIC_{name}', value)
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'job')
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '3')
+    monkeypatch.setenv('TORCHELASTIC_USE_AGENT_STORE', 'True')
     monkeypatch.setenv('LOCAL_RANK', '1')
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
     monkeypatch.setattr('torch.cuda.is_available', lambda: True)
@@ -210,28 +274,35 @@ def launched(monkeypatch):
     store = torch.distributed.HashStore()
     monkeypatch.setattr('torch.distributed.rendezvous', lambda url, timeout: iter([(store, 1, 2)]))
     joined = {}
-    monkeypatch.setattr(
-        'torch.distributed.init_process_group', lambda backend, **options: joined.update(options, backend=backend)
-    )
+
+    def init_process_group(backend, **options):
+        joined.update(options, backend=backend)
+
+    monkeypatch.setattr('torch.distributed.init_process_group', init_process_group)
     return joined
 
 
 def test_each_process_takes_its_gpu_and_each_restart_its_own_keys(launched, monkeypatch):
     join_processes(Namespace(device='auto'))
-    assert (launched['backend'], launched['device_id']) == ('nccl', torch.device('cuda', 1))
+    assert launched['backend'] == 'nccl'
+    assert launched['device_id'] == torch.device('cuda', 1)
     assert launched['timeout'] >= datetime.timedelta(hours=1)
+
     launched['store'].set('address', 'of a process that is killed')
     monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '4')
     join_processes(Namespace(device='auto'))
     assert not launched['store'].check(['address'])
 
 
-@pytest.mark.parametrize('device, gpus, words', [('cuda:0', 2, '--device cuda:0'), ('auto', 1, '--nproc_per_node')])
+@pytest.mark.parametrize(
+    'device, gpus, words', [('cuda:0', 2, '--device cuda:0'), ('auto', 1, '--nproc_per_node')]
+)
 def test_a_gpu_is_not_shared(launched, monkeypatch, device, gpus, words):
     monkeypatch.setattr('torch.cuda.device_count', lambda: gpus)
     with pytest.raises(SystemExit) as stop:
         join_processes(Namespace(device=device))
     assert stop.value.code == 2, 'the second process says nothing'
+
     monkeypatch.setenv('LOCAL_RANK', '0')
     with pytest.raises(BadInput, match=words):
         join_processes(Namespace(device=device))
@@ -239,5 +310,6 @@ def test_a_gpu_is_not_shared(launched, monkeypatch, device, gpus, words):
 
 
 if __name__ == '__main__':
-    folder, *pairs = sys.argv[1:]
-    in_two_processes({name.removeprefix('--'): value for name, value in zip(pairs[::2], pairs[1::2])}, folder)
+    folder, *arguments = sys.argv[1:]
+    names = [argument.removeprefix('--') for argument in arguments[::2]]
+    in_two_processes(dict(zip(names, arguments[1::2])), folder)

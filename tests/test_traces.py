@@ -1,4 +1,7 @@
-"""What a GPU would do, shown without one: on tensors that hold no numbers, and by tracing compilation."""
+"""What a GPU would do, shown without one.
+
+On tensors that hold no numbers, and by tracing compilation.
+"""
 
 import numpy as np
 import pytest
@@ -14,9 +17,10 @@ from ECAPAModel import ECAPAModel, choose_device
 from tools import BadInput
 
 
-def make_system(**kwargs):
-    options = dict(lr=0.001, lr_decay=0.97, C=16, n_class=20, m=0.2, s=30, test_step=1, device='cpu')
-    return ECAPAModel(**{**options, **kwargs})
+def make_system(**options):
+    return ECAPAModel(
+        lr=0.001, lr_decay=0.97, C=16, n_class=20, m=0.2, s=30, test_step=1, device='cpu', **options
+    )
 
 
 @pytest.fixture
@@ -28,10 +32,14 @@ def four_processes():
 
 
 def test_a_step_reads_nothing_back():
-    """A GPU would have to be waited for. Reading a fake tensor raises; test_gpu.py knows of copies, too."""
+    """A GPU would have to be waited for.
+
+    Reading a fake tensor raises; test_gpu.py knows of copies, too.
+    """
     system = make_system(precision='bf16', accumulate=2).train()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        audio, labels = mode.from_tensor(torch.randn(4, 16240)), mode.from_tensor(torch.tensor([3, 1, 19, 7]))
+        audio = mode.from_tensor(torch.randn(4, 16240))
+        labels = mode.from_tensor(torch.tensor([3, 1, 19, 7]))
         result = system.train_step(audio, labels)
         with pytest.raises(DataDependentOutputException):
             bool(result.isfinite().all())
@@ -41,11 +49,13 @@ def test_a_step_reads_nothing_back():
 def move_to_fake_gpu(system, mode):
     """Replaces the system's weights by tensors without numbers on a GPU that need not be there."""
     for module in system.modules():
-        for store in (module._parameters, module._buffers):
-            for name, tensor in store.items():
-                fake = mode.from_tensor(tensor.detach()).to('cuda')
-                store[name] = torch.nn.Parameter(fake) if store is module._parameters else fake
-    system.device, system.on_gpu = torch.device('cuda'), True
+        for name, parameter in module._parameters.items():
+            fake = mode.from_tensor(parameter.detach()).to('cuda')
+            module._parameters[name] = torch.nn.Parameter(fake)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = mode.from_tensor(buffer.detach()).to('cuda')
+    system.device = torch.device('cuda')
+    system.on_gpu = True
 
 
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
@@ -53,23 +63,29 @@ def test_forward_and_evaluation_on_a_gpu_read_nothing_back(monkeypatch, precisio
     """Autocast casts otherwise on a GPU. (PyTorch's backward pass needs a real one.)"""
     monkeypatch.setattr('torch.cuda.amp.common.amp_definitely_not_available', lambda: False)
     monkeypatch.setattr('torch.cuda.is_bf16_supported', lambda: True)
-    system, seen = make_system(precision=precision), []
+    system = make_system(precision=precision)
+    seen = []
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         move_to_fake_gpu(system, mode)
         for layer in (system.speaker_encoder.layer1.conv1, system.speaker_encoder.fc6):
             layer.register_forward_hook(lambda layer, inputs, output: seen.append(output.dtype))
-        audio = torch.randn(4, 16240, device='cuda')
-        loss, accuracy = system.train()(audio, torch.zeros(4, dtype=torch.long, device='cuda'))
-        assert (loss.device.type, loss.dtype, accuracy.device.type) == ('cuda', torch.float32, 'cuda')
-        assert seen == [torch.bfloat16 if precision == 'bf16' else torch.float32, torch.float32]
 
-        # What goes to the GPU is pinned and does not wait; a fake tensor of known numbers cannot go there.
+        audio = torch.randn(4, 16240, device='cuda')
+        labels = torch.zeros(4, dtype=torch.long, device='cuda')
+        loss, accuracy = system.train()(audio, labels)
+        assert loss.device.type == 'cuda'
+        assert loss.dtype == torch.float32
+        assert accuracy.device.type == 'cuda'
+        convolution = torch.bfloat16 if precision == 'bf16' else torch.float32
+        assert seen == [convolution, torch.float32]
+
+        # Uploads are pinned and do not wait; a fake tensor of known numbers cannot go to the GPU.
         system.upload = lambda numbers: torch.zeros(len(numbers), dtype=torch.long, device='cuda')
         embeddings = torch.zeros(3, 2, 192, device='cuda')
         lengths = (20000, EVAL_CROP, 400 * 16000)
         with torch.inference_mode():
-            window = [(index, torch.randn(length, device='cuda')) for index, length in enumerate(lengths)]
-            system.eval().embed_window(window, embeddings, torch.zeros(3, 2, device='cuda'))
+            waves = [torch.randn(length, device='cuda') for length in lengths]
+            system.eval().embed_window(list(enumerate(waves)), embeddings)
 
 
 def test_compiled_training_is_one_graph_and_stays_it():
@@ -82,31 +98,48 @@ def test_compiled_training_of_several_processes_is_one_graph(four_processes):
 
 
 def compilations(system):
-    """How many graphs are compiled over frozen epochs and others, each followed by an evaluation."""
-    counter, random = CompileCounter(), np.random.default_rng(0)
+    """How many graphs are compiled over frozen epochs and others.
+
+    An evaluation follows each.
+    """
     torch._dynamo.reset()
-    system.train_encode = torch.compile(system.speaker_encoder.encode, backend=counter, fullgraph=True)
-    batch = torch.from_numpy(random.standard_normal((4, 4240), np.float32)), torch.tensor([3, 1, 19, 7])
+    counter = CompileCounter()
+    encode = system.speaker_encoder.encode
+    system.train_encode = torch.compile(encode, backend=counter, fullgraph=True)
+
+    audio = np.random.default_rng(0).standard_normal((4, 4240), np.float32)
+    audio = torch.from_numpy(audio)
+    batch = (audio, torch.tensor([3, 1, 19, 7]))
     for epoch in (1, 2, 1, 3, 4):
         system.train_network(epoch, [batch, batch])
         system.eval()
         with torch.inference_mode():
-            system.embed_window([(0, batch[0][0])], torch.zeros(1, 2, 192), torch.zeros(1, 2))
+            system.embed_window([(0, audio[0])], torch.zeros(1, 2, 192))
     return counter.frame_count
 
 
 @pytest.mark.parametrize('accumulate', [1, 4])
 def test_gradients_are_exchanged_once_a_step(four_processes, monkeypatch, accumulate):
     """In frozen epochs those of the classifier alone, and the encoder has none."""
-    exchanged, add = [], tools.sum_over_processes
-    monkeypatch.setattr(tools, 'sum_over_processes', lambda tensor: exchanged.append(tensor.numel()) or add(tensor))
+    sizes = []
+    sum_over_processes = tools.sum_over_processes
+
+    def watched(tensor):
+        sizes.append(tensor.numel())
+        return sum_over_processes(tensor)
+
+    monkeypatch.setattr(tools, 'sum_over_processes', watched)
     system = make_system(accumulate=accumulate, freeze_epochs=1)
-    batch = torch.randn(8, 4240), torch.arange(8)
-    everything = sum(parameter.numel() for parameter in system.parameters())
-    for epoch, size in ((2, everything), (1, 20 * 192)):
-        exchanged.clear()
-        system.train_network(epoch, [batch])
-        assert exchanged == [size, 3], 'the gradients, and at the end of the epoch loss, accuracy and norm'
+    batch = (torch.randn(8, 4240), torch.arange(8))
+    encoder_and_classifier = sum(parameter.numel() for parameter in system.parameters())
+    classifier = 20 * 192
+    loss_accuracy_and_norm = 3  # once, at the end of the epoch
+
+    system.train_network(2, [batch])
+    assert sizes == [encoder_and_classifier, loss_accuracy_and_norm]
+    sizes.clear()
+    system.train_network(1, [batch])
+    assert sizes == [classifier, loss_accuracy_and_norm]
     assert all(parameter.grad is None for parameter in system.speaker_encoder.parameters())
 
 
@@ -116,9 +149,11 @@ def test_a_gpu_that_pytorch_cannot_use_is_said(monkeypatch):
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
     monkeypatch.setattr('ECAPAModel.glob.glob', lambda pattern: [])
     assert choose_device().type == 'cpu'
+
     monkeypatch.setattr('ECAPAModel.glob.glob', lambda pattern: ['/dev/nvidia0'])
     with pytest.raises(BadInput, match='not available here.*update its driver.*--device cpu'):
         choose_device()
     assert choose_device('cpu').type == 'cpu'
+
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
     assert choose_device().type == 'cpu', 'it was hidden on purpose'

@@ -1,0 +1,59 @@
+"""Writes the embeddings of recordings, for programs of your own.
+
+    python -m exps.embed recordings/ --initial_model MODEL --out embeddings.npz
+
+writes `names` (N,) and unit vectors `embeddings` (N, 192) of all files below a folder, or of those
+in a text file with a path a line. Any format, rate and number of channels that soundfile reads will
+do; what is converted is said. From Python, `load_model(MODEL).embed(paths)` does the same.
+"""
+
+import argparse
+import os
+
+import numpy as np
+
+from dataLoader import find_audio, read_list
+from ECAPAModel import load_model_of
+from tools import BadInput, add_scoring_options, exit_on_bad_input, write_whole
+
+
+def main(argv=None):
+    """Writes the file; exit status 2, with a sentence, where that cannot be done."""
+    parser = argparse.ArgumentParser(
+        prog='python -m exps.embed',
+        description='Write embeddings of recordings.',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument('files', help='folder of recordings, or a list with a path a line')
+    parser.add_argument('--out', required=True, help='file to write, .npz')
+    add_scoring_options(parser)
+    args = parser.parse_args(argv)
+    with exit_on_bad_input():
+        embed(args)
+
+
+def embed(args):
+    """Writes args.out; raises BadInput where it is there already, or a file cannot be used."""
+    if os.path.exists(args.out):
+        raise BadInput(f'--out {args.out} is there already; remove it or choose another name')
+    paths = list_files(args.files)
+    system, _ = load_model_of(args)
+    embeddings = system.embed(paths)
+    names = np.array(paths)
+    write_whole(args.out, lambda file: np.savez(file, names=names, embeddings=embeddings))
+    print(f'{args.out}: {len(paths):,} embeddings of 192 numbers')
+
+
+def list_files(files):
+    """Paths of the recordings below a folder, or of the lines of a text file."""
+    if os.path.isdir(files):
+        return find_audio(files, 'FILES', any_format=True)
+    lines = read_list(files, 'FILES').splitlines()
+    paths = [os.fsdecode(line.strip()) for line in lines if line.strip()]
+    if not paths:
+        raise BadInput(f'FILES: {files}: names no file')
+    return paths
+
+
+if __name__ == '__main__':
+    main()

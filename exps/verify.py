@@ -1,0 +1,134 @@
+"""Says whether two recordings are of the same speaker.
+
+    python -m exps.verify one.wav other.wav --initial_model exps/exp1/model/model_0080.model
+
+prints their score, and decides by the calibration.json of the experiment, which exps.calibrate
+wrote; where there is none for this checkpoint, by the thresholds at the EER of the lists that
+--eval scored it on. Give the options with which these were scored (--score_norm and so on). Any
+format, rate and number of channels that soundfile reads will do; what is converted is said.
+"""
+
+import argparse
+import math
+import os
+
+import numpy as np
+from scipy.special import expit, logit
+
+from dataLoader import choose_normalisation
+from ECAPAModel import load_cohort, load_model_of
+from exps.calibrate import cohort_options, read_calibration
+from tools import (
+    BadInput,
+    add_scoring_options,
+    exit_on_bad_input,
+    number,
+    read_results,
+    score_kinds,
+)
+
+DECISIONS = {True: 'the same speaker', False: 'different speakers'}
+
+
+def main(argv=None):
+    """Prints score and decision; exit status 2, with a sentence, where there can be none."""
+    parser = argparse.ArgumentParser(
+        prog='python -m exps.verify',
+        description='Score two recordings, and decide.',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add('recordings', nargs=2, metavar='WAV', help='two recordings')
+    add('--p_target', type=number(float, 1e-6, 1 - 1e-6), default=0.5, help='prior: same speaker')
+    add('--c_miss', type=number(float, 1e-6), default=1.0, help='cost of rejecting the same one')
+    add('--c_fa', type=number(float, 1e-6), default=1.0, help='cost of accepting another one')
+    add('--save_path', help='folder of results.json and calibration.json; default: the run of it')
+    add_scoring_options(parser)
+    args = parser.parse_args(argv)
+    with exit_on_bad_input():
+        verify(args)
+
+
+def verify(args):
+    """Prints the scores of two recordings, and the decision by a calibration or a threshold."""
+    system, checkpoint = load_model_of(args)
+    cohort_files, top_n, subtract_mean = choose_normalisation(args)
+    embeddings = system.embed_files(args.recordings, any_format=True)
+    cohort = load_cohort(system, checkpoint, cohort_files)
+    scores = score_kinds(embeddings, np.array([[0, 1]]), cohort, top_n, subtract_mean)
+    for kind, (score,) in scores.items():
+        print(f'{kind} score {score:.4f}'.removeprefix('raw '))
+
+    folder = args.save_path or run_folder(args.initial_model)
+    calibration = read_calibration(folder)
+    if calibration:
+        fault = misfit(calibration, checkpoint, scores, args)
+        if not fault:
+            decide(calibration, scores[calibration['kind']][0], args)
+            return
+        print(f'note: not decided by {folder}/calibration.json: {fault}')
+    decide_by_threshold(folder, checkpoint, scores['raw'][0])
+
+
+def run_folder(model):
+    """Folder of the run that a checkpoint belongs to: that of score.txt and results.json."""
+    folder = os.path.dirname(os.path.abspath(model))
+    return os.path.dirname(folder) if os.path.basename(folder) == 'model' else folder
+
+
+def misfit(calibration, checkpoint, scores, args):
+    """Why a calibration is not for these scores; None if it is."""
+    if calibration['checkpoint']['sha256'] != checkpoint['sha256']:
+        return f'it was fitted on scores of {calibration["checkpoint"]["path"]}'
+    kind = calibration['kind']
+    if kind not in scores:
+        return f'it is for {kind} scores; give the options of --eval that made them'
+    for name, value in cohort_options(kind, calibration['options']).items():
+        if getattr(args, name) != value:
+            return f'it is for scores with --{name} {value}'
+    return None
+
+
+def decide(calibration, score, args):
+    """Prints likelihood ratio, probability, and the decisions by costs and by false acceptances."""
+    ratio = calibration['weight'] * score + calibration['bias']
+    fitted_on = calibration['list']
+    print(
+        f'log-likelihood ratio {ratio:.2f} (natural), fitted on {fitted_on["trials"]:,} trials of '
+        f'{fitted_on["path"]}'
+    )
+    after = expit(ratio + logit(args.p_target))
+    print(f'probability of the same speaker {after:.4f}, {args.p_target} before')
+
+    same = bool(ratio > math.log(args.c_fa / args.c_miss) - logit(args.p_target))
+    print(
+        f'{DECISIONS[same]}, as a miss costs {args.c_miss:g} and a false acceptance {args.c_fa:g}'
+    )
+    threshold = calibration['threshold']
+    same = bool(ratio > threshold['ratio'])
+    allowed = threshold['false_acceptances']
+    print(f'{DECISIONS[same]}, if {allowed:g}% false acceptances are allowed')
+
+
+def decide_by_threshold(folder, checkpoint, score):
+    """Prints the decisions at the EER thresholds of the lists that the checkpoint was scored on."""
+    try:
+        lists = read_results(folder)
+    except BadInput as error:
+        print(f'note: {error}')
+        lists = {}
+    decided = False
+    for path, entry in lists.items():
+        if entry['checkpoint']['sha256'] == checkpoint['sha256']:
+            threshold = entry['figures']['raw']['EER']['threshold']
+            print(
+                f'{DECISIONS[bool(score > threshold)]}, at the EER threshold of {path}, '
+                f'{threshold:.4f}; other recordings have another one'
+            )
+            decided = True
+    if not decided:
+        print('no threshold is known: --eval on trials of recordings like these finds one')
+
+
+if __name__ == '__main__':
+    main()
