@@ -509,7 +509,7 @@ def load_cohort(system, checkpoint, files):
         return None
     path = f'{checkpoint["path"]}.cohort.npz'
     key = f'{checkpoint["sha256"]} {tools.sha256(os.fsencode(repr((files, None))))}'
-    cohort = read_cohort(path, key)
+    cohort = read_cohort(path, key, len(files))
     # One process may read the file just before another one writes it.
     if all(tools.gather([cohort is not None])):
         return cohort
@@ -523,12 +523,14 @@ def load_cohort(system, checkpoint, files):
     return cohort
 
 
-def read_cohort(path, key):
+def read_cohort(path, key, speakers):
     """The cohort in a file of load_cohort; None where there is none, or it is another one."""
-    broken = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile)
+    broken = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile)
     with contextlib.suppress(*broken), np.load(path) as kept:
-        if str(kept['key']) == key:
-            return kept['cohort']
+        cohort = kept['cohort']
+        fits = cohort.dtype == np.float32 and cohort.shape == (speakers, 2, 192)
+        if fits and str(kept['key']) == key and np.isfinite(cohort).all():
+            return cohort
     return None
 
 
@@ -757,6 +759,11 @@ def read_checkpoint(path):
         raise BadInput(
             f'{path}: not a checkpoint of this model: a flat dictionary of tensors was expected'
         )
+    for name in state:
+        if f'module.{name}' in state:
+            raise BadInput(
+                f'{path}: not a checkpoint of this model: holds both {name} and module.{name}'
+            )
     state = {name.removeprefix('module.'): tensor for name, tensor in state.items()}
     expected = {'speaker_encoder.conv1.weight': (80, 5), 'speaker_loss.weight': (192,)}
     for name, shape in expected.items():
@@ -771,15 +778,17 @@ def read_checkpoint(path):
 
 
 def is_flat_dictionary(state):
-    """Whether something is a dictionary of names and plain tensors."""
+    """Whether something is a dictionary of names and arrays of real numbers."""
     if not isinstance(state, dict):
         return False
-    return all(
-        isinstance(name, str)
-        and isinstance(tensor, torch.Tensor)
-        and tensor.layout == torch.strided
-        for name, tensor in state.items()
-    )
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            return False
+        if tensor.is_nested or tensor.layout != torch.strided:
+            return False
+        if tensor.is_meta or tensor.is_quantized or tensor.is_complex():
+            return False
+    return True
 
 
 def checkpoint_sizes(state):
@@ -835,7 +844,7 @@ def choose_device(name='auto'):
         chosen = 'cuda' if torch.cuda.is_available() or has_nvidia_gpu() else 'cpu'
     try:
         device = torch.device(chosen)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()  # 'meta' is a device too, which holds no numbers
         if device.type == 'cuda' and device.index:
             # Or PyTorch would put some of its own things on the first GPU.
             torch.cuda.set_device(device)

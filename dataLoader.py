@@ -675,7 +675,7 @@ def read_trials(path, folder, models, enrolments, rows_of_files):
     """Reads one trial list; adds its files, with their numbers, to {file: number}."""
     require(os.path.isdir, folder, '--eval_path')
     content = read_list(path, '--eval_list')
-    label_at = find_label(content)
+    label_at = find_label(content, models, path)
     fault = functools.partial(trial_fault, label_at=label_at, models=models)
 
     labels = array('b')
@@ -711,14 +711,28 @@ def read_trials(path, folder, models, enrolments, rows_of_files):
     )
 
 
-def find_label(content):
-    """Number of the field that holds the labels of a trial list: 0, or 2 where most are last."""
+def find_label(content, models, path):
+    """Number of the field that holds the labels of a trial list: 0, or 2 where most are last.
+
+    models: what an enrolment may be, if there are any. Raises BadInput where it may be either.
+    """
+    lines = 0
+    first = 0
     last = 0
-    for line in content.splitlines():
+    for line in split_text(content):
         fields = line.split()
         if fields:
-            last += (fields[-1] in LABELS) - (fields[0] in LABELS)
-    return 2 if last > 0 else 0
+            lines += 1
+            # Files and models may be called 1 and 0.
+            enrolment = fields[1] if len(fields) > 1 else None
+            first += fields[0] in LABELS and (not models or enrolment in models)
+            last += fields[-1] in LABELS and (not models or fields[0] in models)
+    if first == last == lines > 0:
+        raise BadInput(
+            f'--eval_list: {path}: every line begins and ends with a label; rename the files '
+            'called so'
+        )
+    return 2 if last > first else 0
 
 
 def trial_fault(fields, label_at, models):
@@ -781,7 +795,9 @@ def read_list(path, role):
     require(os.path.isfile, path, role)
     with open(path, 'rb') as file:
         content = file.read()
-    if content.startswith(codecs.BOM_UTF8):
+    # A name may begin with the bytes of the latter; half of a Latin letter in UTF-16 is zero.
+    is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and 0 in content[2:4]
+    if is_utf_16 or content.startswith(codecs.BOM_UTF8):
         raise BadInput(f'{role}: {path}: begins with a byte order mark; save it as UTF-8 without')
     return content
 
@@ -794,7 +810,7 @@ def split_lines(content, path, role, fault):
     """
     wrong_lines = []
     empty = True
-    for number, line in enumerate(io.BytesIO(content), 1):
+    for number, line in enumerate(split_text(content), 1):
         fields = line.split()
         if not fields:
             continue
@@ -809,6 +825,11 @@ def split_lines(content, path, role, fault):
         raise BadInput('\n'.join([f'{role}: lines that cannot be read:', *wrong_lines]))
     if empty:
         raise BadInput(f'{role}: {path}: the file is empty')
+
+
+def split_text(content):
+    """The lines of bytes, whether they end as on Unix, Windows or an old Macintosh."""
+    return io.BytesIO(content.replace(b'\r\n', b'\n').replace(b'\r', b'\n'))
 
 
 def check_data(dataset, eval_files, eval_path, every_file, n_cpu, max_bad):

@@ -223,8 +223,10 @@ def accuracy(output, target, topk=(1,)):
 # 2. What a run writes: score.txt, options.txt, results.json and scores; files that are whole.
 
 SCORE_LINE = '%d epoch, LR %f, LOSS %f, ACC %2.2f%%, EER %2.2f%%, bestEER %2.2f%%\n'
+NUMBER = r'(-?\d+\.\d+|-?inf|nan)'
 SCORE_PATTERN = re.compile(
-    r'(\d+) epoch, LR (\S+), LOSS (\S+), ACC (\S+)%, EER (\S+)%, bestEER (\S+)%\n', re.ASCII
+    rf'(\d+) epoch, LR {NUMBER}, LOSS {NUMBER}, ACC {NUMBER}%, EER {NUMBER}%, bestEER {NUMBER}%',
+    re.ASCII,
 )
 PACKAGES = ('torch', 'torchaudio', 'numpy', 'scipy', 'scikit-learn', 'soundfile')
 
@@ -248,7 +250,7 @@ def read_scores(path):
         return scores
     with open(path, encoding='utf-8', errors='replace') as lines:
         for number, line in enumerate(lines, 1):
-            match = SCORE_PATTERN.fullmatch(line)
+            match = SCORE_PATTERN.fullmatch(line.rstrip())
             if not match:
                 text = line.strip()
                 raise BadInput(f'{path}, line {number}: not a line of a score.txt: {text!r}')
@@ -269,7 +271,10 @@ def write_options(args):
             lines.append(f'--{name}')
         elif value is not None and value is not False:
             values = value if isinstance(value, list) else [value]
-            lines.append(f'--{name} {shlex.join(map(str, values))}')
+            text = shlex.join(map(str, values))
+            # What begins as an option or a recipe does is read as one, unless it is joined.
+            joint = '=' if len(values) == 1 and text.lstrip("'").startswith(('-', '@')) else ' '
+            lines.append(f'--{name}{joint}{text}')
     write_text(os.path.join(args.save_path, 'options.txt'), '\n'.join(lines) + '\n')
 
 
@@ -305,7 +310,9 @@ def read_results(folder):
                 float(figures['EER']['threshold'])
             if not isinstance(entry['scores'] + entry['checkpoint']['sha256'], str):
                 raise TypeError
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if os.path.basename(entry['scores']) in ('', '.', '..') or '\0' in entry['scores']:
+                raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f'{path}: not what this --eval writes; move it away') from error
     return lists
 
@@ -317,7 +324,7 @@ def write_results(results, trial_lists, checkpoint, args):
     line of scores is `label scores... enrolment test`, a score for each kind. Of two lists of one
     name, the second's file gets a number.
     """
-    with locked(os.path.join(args.save_path, 'results.lock')):
+    with one_at_a_time(args.save_path):
         lists = read_results(args.save_path)
         for trials, kinds in zip(trial_lists, results):
             path = scores_path(trials.path, lists, args.save_path)
@@ -448,7 +455,11 @@ def lock_folder(folder):
     """
     file = open(os.path.join(folder, 'run.lock'), 'a+', encoding='utf-8')
     try:
-        lock(file, wait=False)
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        return file  # Windows has no such locks
     except (BlockingIOError, PermissionError) as error:
         file.seek(0)
         other = file.read().strip() or 'just started'
@@ -456,6 +467,9 @@ def lock_folder(folder):
             f'--save_path {folder}: another run is at work there, {other}; wait for it, stop it, '
             'or choose another folder'
         ) from error
+    except OSError as error:
+        why = f'this disk has no locks ({error.strerror})'
+        print(f'{file.name}: {why}: do not start a second run', file=sys.stderr)
     for part in glob.glob(os.path.join(glob.escape(folder), '*.txt.*.part')):
         with contextlib.suppress(OSError):
             os.remove(part)
@@ -466,26 +480,19 @@ def lock_folder(folder):
 
 
 @contextlib.contextmanager
-def locked(path):
-    """One process at a time runs the block; the others wait. The file `path` is the lock."""
-    with open(path, 'a', encoding='utf-8') as file:
-        lock(file, wait=True)
-        yield
-
-
-def lock(file, wait):
-    """Locks an open file until it is closed; without `wait`, BlockingIOError where another did."""
-    try:
+def one_at_a_time(folder):
+    """Processes that enter the block with one folder wait for each other, if its disk has locks."""
+    handle = None
+    with contextlib.suppress(ImportError, OSError):  # Windows has no such locks
         import fcntl
-    except ImportError:
-        return  # Windows has no such locks
+
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise
-    except OSError as error:
-        why = f'this disk has no locks ({error.strerror})'
-        print(f'{file.name}: {why}: do not start a second run', file=sys.stderr)
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 # 3. Options that scripts share; processes; the log; errors for people.
@@ -536,7 +543,7 @@ def add_scoring_options(parser):
         help='auto: bf16 if a GPU has it, else fp32; exact: no TF32',
     )
     add('--n_cpu', type=number(int, 0), default=default_n_cpu(), help='processes that read files')
-    add('--seed', type=number(int, 0), default=10, help='seed of everything drawn at random')
+    add('--seed', type=number(int, 0, 2**64 - 1), default=10, help='seed of all random draws')
 
 
 def number(kind, low, high=math.inf):
@@ -674,6 +681,8 @@ def sentence(error):
         return f'the package {error.name} is needed for this: pip install {error.name}'
     if isinstance(error, OSError) and error.filename is not None:
         return f'{error.filename}: {error.strerror}'
+    if isinstance(error, MemoryError):
+        return f'{summary(error)}\nUse a smaller --batch_size, or shorter crops.'
     if isinstance(error, RuntimeError):
         for sign, remedy in MEMORY.items():
             if re.search(sign, str(error)):

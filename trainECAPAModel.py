@@ -7,6 +7,7 @@ import math
 import os
 import shlex
 import shutil
+import sys
 import time
 
 import numpy as np
@@ -35,17 +36,16 @@ from tools import BadInput, first_process_first, number, process_count, process_
 
 def make_parser():
     """The options; names and defaults are those of the published code, but for its paths."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description='Train and score ECAPA-TDNN speaker verification.',
         epilog='@FILE reads options from a recipe; what follows it on the command line takes '
         'precedence. Running the same command again continues an interrupted run.',
-        fromfile_prefix_chars='@',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
 
     # fmt: off
-    add = parser.add_argument_group('command (without one of these: train)').add_argument
+    group = parser.add_argument_group('command (without one of these: train)')
+    add = group.add_mutually_exclusive_group().add_argument
     add('--check', action='store_true', help='look at every file that training needs, and stop')
     add('--eval', action='store_true', help='score --initial_model on --eval_list')
 
@@ -144,14 +144,17 @@ def train(args):
                 dataset, trials[0], args.eval_path, args.check, args.n_cpu, args.max_bad
             )
     print_plan(system, loader, trials, args)
+
+    lock = None
+    if not args.check:
+        tools.init_args(args)
+        lock = tools.lock_folder(args.save_path) if process_rank() == 0 else None
+    identity = run_identity(system, dataset, trials, args)
+    done, scores = resume_or_begin(system, initial_weights, identity, args)
     if args.check:
         say('all is well: nothing was found that would stop this run')
         return
 
-    tools.init_args(args)
-    lock = tools.lock_folder(args.save_path) if process_rank() == 0 else None
-    identity = run_identity(system, dataset, trials, args)
-    done, scores = resume_or_begin(system, initial_weights, identity, args)
     dataset.bad_audio = dataLoader.BadAudio(f'{args.save_path}/bad_audio.txt', args.max_bad)
     if process_rank() == 0:
         # Not before: a run whose options are refused must not remove anything.
@@ -232,7 +235,47 @@ def evaluate(args):
         tools.write_results(results, trial_lists, checkpoint, args)
 
 
-# Machinery: options and sizes; the plan; resuming; the log; what ends a run; joining processes.
+# Machinery: recipes; options and sizes; the plan; resuming; the log; what ends a run; processes.
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser that reads @FILE as a shell would: arguments, quotes, comments."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As ArgumentParser has it, with the options of the recipes in place of their names."""
+        arguments = sys.argv[1:] if args is None else args
+        return super().parse_known_args(self.expand(arguments), namespace)
+
+    def expand(self, arguments, within=()):
+        """The arguments, recipes expanded; within: the recipes that are being read."""
+        expanded = []
+        for argument in arguments:
+            if argument.startswith('@'):
+                expanded += self.read_recipe(argument[1:], within)
+            elif len(f'{argument}.'.splitlines()) > 1:
+                self.error(f'{argument!r}: a line break, which options.txt could not hold')
+            else:
+                expanded.append(argument)
+        return expanded
+
+    def read_recipe(self, path, within):
+        """The arguments in a recipe, and in those that it names."""
+        real_path = os.path.realpath(path)
+        if real_path in within:
+            self.error(f'{path}: this recipe includes itself')
+        try:
+            # Editors on Windows begin a file with a mark; names of files need not be UTF-8.
+            with open(path, encoding='utf-8-sig', errors='surrogateescape') as file:
+                lines = file.read().splitlines()
+        except OSError as error:
+            self.error(f'{path}: {error.strerror}')
+        arguments = []
+        for line_number, line in enumerate(lines, 1):
+            try:
+                arguments += shlex.split(line, comments=True)
+            except ValueError as error:
+                self.error(f'{path}, line {line_number}: {error}: {line!r}')
+        return self.expand(arguments, (*within, real_path))
 
 
 def build_system(args, speakers):
@@ -389,9 +432,10 @@ def resume_or_begin(system, initial_weights, identity, args):
 
     Returns (Done, the lines of score.txt up to that epoch).
     """
-    done, changes = resume(system, args.model_save_path, identity, args.force)
+    folder = os.path.join(args.save_path, 'model')
+    done, changes = resume(system, folder, identity, args.force)
     if done:
-        notes = [f'after epoch {done.epoch}, from {args.model_save_path}']
+        notes = [f'after epoch {done.epoch}, from {folder}']
         notes += [f'--force: {change}' for change in changes]
     elif initial_weights:
         left_out = load_weights(system, initial_weights, args.initial_model)
@@ -405,7 +449,8 @@ def resume_or_begin(system, initial_weights, identity, args):
         for tensor in system.state_dict().values():
             dist.broadcast(tensor, 0)
     done = done or Done()
-    scores = [s for s in tools.read_scores(args.score_save_path) if s[0] <= done.epoch]
+    score_path = os.path.join(args.save_path, 'score.txt')
+    scores = [score for score in tools.read_scores(score_path) if score[0] <= done.epoch]
     seen = set(tools.gather([(done.epoch, done.loss is not None, len(scores))]))
     if len(seen) > 1:
         epochs = sorted(facts[0] for facts in seen)

@@ -45,11 +45,14 @@ def average(models, last, out):
         raise BadInput(f'{models[0]}: is a folder; give one folder, or checkpoints')
     for path in paths:
         require(os.path.isfile, path, 'MODELS')
+    if len({os.path.realpath(path) for path in paths}) < len(paths):
+        raise BadInput('MODELS: names a checkpoint twice, which would count twice')
 
     total = {}
+    expected = kinds(read_checkpoint(paths[0])[0])
     for path in paths:
         weights, _ = read_checkpoint(path)
-        if total and shapes(weights) != shapes(total):
+        if kinds(weights) != expected:
             raise BadInput(
                 f'{path}: has other tensors than {paths[0]}; only checkpoints of one run can be '
                 'averaged'
@@ -72,9 +75,9 @@ def newest(folder, count):
     return paths[:count][::-1]
 
 
-def shapes(weights):
-    """{name: shape} of a state dict."""
-    return {name: tensor.shape for name, tensor in weights.items()}
+def kinds(weights):
+    """{name: (shape, type)} of a state dict."""
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}
 
 
 if __name__ == '__main__':

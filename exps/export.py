@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dataLoader import RATE
+from dataLoader import RATE, require
 from ECAPAModel import model_of, read_checkpoint
 from exps.demo.voices import draw_voice, speak
 from model import HOP
@@ -54,6 +54,7 @@ def export(args):
 
     if os.path.exists(args.out):
         raise BadInput(f'--out {args.out} is there already; remove it or choose another name')
+    require(os.path.isfile, args.model, 'MODEL')
     weights, sha256 = read_checkpoint(args.model)
     system = model_of(weights, args.model, device='cpu').eval()
     graph = onnx.load_from_string(to_onnx(system))

@@ -8,6 +8,7 @@ Hypothesis draws the mutations, the same ones in every run.
 import hashlib
 import io
 import random
+import re
 import shutil
 import struct
 from collections import Counter
@@ -383,9 +384,9 @@ def test_damaged_trial_lists(zoo, capsys, data):
 def trial_rows(content):
     """Fields of each line that has any.
 
-    Lines end where a text file's do; splitlines would end them at a form feed, too.
+    Lines end as on Unix, Windows or an old Macintosh.
     """
-    return [line.split() for line in content.split(b'\n') if line.split()]
+    return [line.split() for line in re.split(b'\r\n|\r|\n', content) if line.split()]
 
 
 def is_trial_list(content):

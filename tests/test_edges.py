@@ -1,0 +1,339 @@
+"""At the edge: processes at once, odd recipes, options and lists, tampered files."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import command_line, make_system, trial_lines, wave, write_wav
+
+import tools
+import trainECAPAModel
+from dataLoader import read_trial_lists
+from ECAPAModel import choose_device, read_checkpoint
+from exps import average, export
+from tools import BadInput
+
+pytestmark = pytest.mark.usefixtures('short_crops')
+ROOT = Path(__file__).parents[1]
+SMALL = {'C': 8, 'num_frames': 20, 'batch_size': 4, 'n_cpu': 0, 'max_epoch': 1, 'device': 'cpu'}
+NAME = 'id{}/session/{:05d}.wav'.format
+
+
+@pytest.fixture
+def tree(tree):
+    """The corpus of conftest with six trials of short utterances."""
+    names = [NAME(speaker, number) for speaker in (1, 2) for number in range(2)]
+    Path(tree['eval_list']).write_text(trial_lines(names))
+    for number, name in enumerate(names):
+        write_wav(Path(tree['eval_path'], name), wave(number, 8000), subtype='PCM_16')
+    return tree
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A checkpoint of four speakers."""
+    make_system().save_parameters(tmp_path / 'a.model')
+    return str(tmp_path / 'a.model')
+
+
+def train(tree, *flags, **options):
+    trainECAPAModel.main(command_line(*flags, **{**SMALL, **tree, **options}))
+
+
+def evaluate(tree, model, *flags, **options):
+    options = {**tree, 'initial_model': model, 'device': 'cpu', 'n_cpu': 0, **options}
+    trainECAPAModel.main(command_line('--eval', *flags, **options))
+
+
+def refusal(capsys, call, *args, **kwargs):
+    """What a call says on standard error; it must end with status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        call(*args, **kwargs)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2, message
+    return message
+
+
+# Processes that write at once.
+
+
+def test_evaluations_at_once_lose_no_results(tree, model, capfd):
+    """Two processes score twelve lists each into one folder; lists of one name come from both."""
+    folder, children = Path(tree['eval_list']).parent, []
+    lists = [folder / f'{who}/{number}.txt' for who in 'ab' for number in range(12)]
+    for path in lists:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(Path(tree['eval_list']).read_bytes())
+    for who in 'ab':
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                torch.set_num_threads(1)
+                for path in lists:
+                    if path.parent.name == who:
+                        evaluate(tree, model, eval_list=str(path))
+                status = 0
+            finally:
+                os._exit(status)
+        children.append(child)
+    statuses = [os.waitpid(child, 0)[1] for child in children]
+    assert statuses == [0, 0], capfd.readouterr().err
+    found = json.loads(Path(tree['save_path'], 'results.json').read_text())['lists']
+    assert set(found) == set(map(str, lists))
+    assert len({entry['scores'] for entry in found.values()}) == len(lists)
+    assert not list(Path(tree['save_path']).rglob('*.part'))
+
+
+# The command.
+
+
+def test_two_commands_are_refused(tree, model, capsys):
+    assert 'not allowed with' in refusal(capsys, evaluate, tree, model, '--check')
+    assert not Path(tree['save_path']).exists()
+
+
+@pytest.mark.parametrize('fault', ['other options', 'score.txt', 'an encoder that lacks a tensor'])
+def test_check_finds_what_would_stop_the_run(tree, model, capsys, fault):
+    options = {}
+    if fault == 'an encoder that lacks a tensor':
+        state = torch.load(model)
+        del state['speaker_encoder.layer2.bn3.weight']
+        torch.save(state, model)
+        options = {'initial_model': model}
+    else:
+        train(tree)
+        options = {'max_epoch': 2, 'lr': 0.5 if fault == 'other options' else 0.001}
+        if fault == 'score.txt':
+            Path(tree['save_path'], 'score.txt').write_text('nothing\n')
+    before = sorted(Path(tree['save_path']).rglob('*'))
+    found = refusal(capsys, train, tree, '--check', **options)
+    assert found == refusal(capsys, train, tree, **options)
+    assert fault.startswith('an') or sorted(Path(tree['save_path']).rglob('*')) == before
+
+
+def test_a_seed_that_is_too_large_is_refused(tree, capsys):
+    assert '--seed' in refusal(capsys, train, tree, seed=2**64)
+    train(tree, seed=2**64 - 1)
+
+
+def test_a_crop_that_memory_cannot_hold_gets_a_sentence(tree, capsys):
+    assert '--batch_size' in refusal(capsys, train, tree, num_frames=10**12)
+
+
+def test_a_device_without_numbers_is_refused():
+    with pytest.raises(BadInput, match='--device meta'):
+        choose_device('meta')
+
+
+# Recipes and options.txt.
+
+
+RECIPES = {
+    'unclosed quote': (b"--lr 0.1\n--train_list 'abc\n", 'line 2: No closing quotation'),
+    'backslash at the end': (b'--train_list abc\\\n', 'line 1: No escaped character'),
+    'itself': (b'--lr 0.1\n@recipe.txt\n', 'includes itself'),
+    'UTF-16': ('--lr 0.1\n'.encode('utf-16'), 'unrecognized arguments'),
+}
+
+
+@pytest.mark.parametrize('fault', RECIPES)
+def test_a_recipe_is_refused(tmp_path, fault):
+    content, words = RECIPES[fault]
+    (tmp_path / 'recipe.txt').write_bytes(content)
+    command = [sys.executable, str(ROOT / 'trainECAPAModel.py'), '@recipe.txt']
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert words in done.stderr and 'Traceback' not in done.stderr
+    assert os.listdir(tmp_path) == ['recipe.txt']
+
+
+def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / 'recipe.txt').write_bytes(b'\xef\xbb\xbf# from Windows\r\n--lr 0.1\r\n')
+    args = trainECAPAModel.make_parser().parse_args([f'@{tmp_path}/recipe.txt'])
+    assert args.lr == 0.1
+
+
+@pytest.mark.parametrize('value', ['-x', '--lr', '@list', os.fsdecode(b'\xff')])
+def test_options_of_any_name_are_read_back(tmp_path, value):
+    flags = [f'--train_list={value}', f'--eval_list={value}', '--save_path', str(tmp_path)]
+    args = trainECAPAModel.make_parser().parse_args(flags)
+    args.command = ''
+    tools.write_options(args)
+    kept = trainECAPAModel.make_parser().parse_args([f'@{tmp_path}/options.txt'])
+    assert (kept.train_list, kept.eval_list) == (value, [value])
+
+
+@pytest.mark.parametrize('end', ['\n--lr 5', '\n', '\r'])
+def test_what_options_txt_cannot_hold_is_refused(tree, capsys, end):
+    """Its second line would be an option when the file is read back."""
+    path = tree['save_path'] + end
+    assert 'line break' in refusal(capsys, train, {**tree, 'save_path': path})
+    assert not Path(path).exists()
+
+
+# Lists.
+
+
+def test_an_enrolment_list_with_old_line_ends_keeps_its_models_apart(tree, model):
+    """Lone carriage returns made one model of all."""
+    folder = Path(tree['eval_list']).parent
+    # Models are called as their files are, so that nothing is missing.
+    enrolments = f'{NAME(1, 0)} {NAME(1, 0)}\n{NAME(2, 0)} {NAME(2, 0)}\n'
+    (folder / 'one.txt').write_text(f'1 {NAME(1, 0)} {NAME(1, 1)}\n0 {NAME(1, 0)} {NAME(2, 1)}\n')
+    found = []
+    for end in ('\n', '\r', '\r\n'):
+        (folder / 'models.txt').write_bytes(enrolments.replace('\n', end).encode())
+        lists = {'eval_list': folder / 'one.txt', 'enrol_list': folder / 'models.txt'}
+        evaluate(tree, model, **lists)
+        found.append(Path(tree['save_path'], 'scores/one.txt').read_text())
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize('content', ['1 0 1\n0 1 0\n', '0 1 1\n1 0 0\n', '1 a 0\n0 target 1\n'])
+def test_labels_at_either_end_of_every_line_are_refused(tree, tmp_path, content):
+    """Files may be called 0, and nothing says which of the two is the label."""
+    (tmp_path / 'list.txt').write_text(content)
+    with pytest.raises(BadInput, match='list.txt: every line begins and ends with a label'):
+        read_trial_lists([str(tmp_path / 'list.txt')], [tree['eval_path']])
+
+
+def test_models_may_be_called_as_labels_are(tree, tmp_path):
+    (tmp_path / 'models.txt').write_text(f'0 {NAME(1, 0)}\n1 {NAME(2, 0)}\n')
+    first = f'1 0 {NAME(1, 1)}\n0 1 {NAME(1, 0)}\n'
+    (tmp_path / 'first.txt').write_text(first)
+    lines = [' '.join(line.split()[1:] + line.split()[:1]) for line in first.splitlines()]
+    (tmp_path / 'last.txt').write_text('\n'.join(lines) + '\n')
+    lists = [str(tmp_path / f'{name}.txt') for name in ('first', 'last')]
+    _, found = read_trial_lists(lists, [tree['eval_path']], str(tmp_path / 'models.txt'))
+    assert [trials.labels.tolist() for trials in found] == [[1, 0], [1, 0]]
+    assert found[0].names == found[1].names == ['0', NAME(1, 1), '1', NAME(1, 0)]
+
+
+@pytest.mark.parametrize('encoding', ['utf-16-le', 'utf-16-be'])
+@pytest.mark.parametrize('name', ['train_list', 'eval_list'])
+def test_a_list_in_utf_16_is_named_as_such(tree, capsys, name, encoding):
+    """As PowerShell writes it."""
+    path = Path(tree[name])
+    path.write_bytes(('\ufeff' + path.read_text()).encode(encoding))
+    assert 'byte order mark' in refusal(capsys, train, tree)
+
+
+# The results folder.
+
+
+def test_score_txt_as_editors_leave_it(tree):
+    train(tree)
+    path = Path(tree['save_path'], 'score.txt')
+    for change in (str.rstrip, lambda text: text.replace('\n', ' \n')):
+        path.write_text(change(path.read_text()))
+        train(tree, max_epoch=len(tools.read_scores(path)) + 1)
+    assert [score[0] for score in tools.read_scores(path)] == [1, 2, 3]
+    assert path.read_text().endswith('%\n')
+
+
+def test_a_score_that_is_no_number_is_named_by_its_line(tmp_path):
+    line = tools.SCORE_LINE % (1, 0.001, 2, 3, 4, 4)
+    (tmp_path / 'score.txt').write_text(line + line.replace('LR 0.001000', 'LR fast'))
+    with pytest.raises(BadInput, match='score.txt, line 2: not a line of a score.txt'):
+        tools.read_scores(tmp_path / 'score.txt')
+    (tmp_path / 'score.txt').write_text(tools.SCORE_LINE % (1, 1e30, np.inf, np.nan, 4, -4))
+    assert np.isnan(tools.read_scores(tmp_path / 'score.txt')[0][3])
+
+
+@pytest.mark.parametrize('scores', ['..', 'a/.', 'a\0b', None])
+def test_results_that_name_no_file_are_refused(tree, model, capsys, scores):
+    """None: brackets so deep that Python gives up."""
+    evaluate(tree, model)
+    path = Path(tree['save_path'], 'results.json')
+    record = json.loads(path.read_text())
+    record['lists'][tree['eval_list']]['scores'] = scores
+    path.write_text(json.dumps(record) if scores else '[' * 100000)
+    message = refusal(capsys, evaluate, tree, model)
+    assert 'results.json: not what this --eval writes' in message
+
+
+# Checkpoints.
+
+
+CHANGES = {
+    'quantised': lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+    'without numbers': lambda x: torch.empty_like(x, device='meta'),
+    'complex': lambda x: torch.complex(x, x),
+    'nested': lambda x: torch.nested.nested_tensor([x, x[:2]]),
+}
+
+
+@pytest.mark.parametrize('kind', CHANGES)
+@pytest.mark.filterwarnings('ignore')
+def test_a_checkpoint_of_other_tensors_is_refused(model, kind):
+    state = torch.load(model)
+    state['speaker_loss.weight'] = CHANGES[kind](state['speaker_loss.weight'])
+    torch.save(state, model)
+    with pytest.raises(BadInput, match='not a checkpoint of this model'):
+        read_checkpoint(model)
+
+
+def test_a_checkpoint_that_holds_a_tensor_twice_is_refused(model):
+    state = torch.load(model)
+    state['module.speaker_loss.weight'] = torch.ones(4, 192)
+    torch.save(state, model)
+    with pytest.raises(BadInput, match='holds both speaker_loss.weight and module.speaker_loss'):
+        read_checkpoint(model)
+
+
+@pytest.mark.parametrize('name', ['speaker_encoder.bn1.num_batches_tracked', 'speaker_loss.weight'])
+def test_only_tensors_of_one_type_are_averaged(model, tmp_path, capsys, name):
+    """An integer one and the half of another would be added."""
+    state = torch.load(model)
+    state[name] = state[name].to(torch.int64 if state[name].is_floating_point() else torch.float32)
+    other, out = str(tmp_path / 'b.model'), str(tmp_path / 'out.model')
+    torch.save(state, other)
+    for models in ([model, other], [other, model]):
+        message = refusal(capsys, average.main, [*models, '--out', out])
+        assert 'has other tensors' in message and not Path(out).exists()
+
+
+def test_a_checkpoint_is_averaged_once(model, tmp_path, capsys):
+    out = str(tmp_path / 'out.model')
+    arguments = [model, f'{tmp_path}/./a.model', '--out', out]
+    assert 'names a checkpoint twice' in refusal(capsys, average.main, arguments)
+    assert not Path(out).exists()
+
+
+def test_an_export_names_its_own_argument(tmp_path, capsys):
+    pytest.importorskip('onnxruntime')
+    arguments = [str(tmp_path / 'none.model'), '--out', str(tmp_path / 'a.onnx')]
+    message = refusal(capsys, export.main, arguments)
+    assert 'none.model: no such' in message and '--initial_model' not in message
+
+
+# The cohort's file.
+
+
+COHORTS = {
+    'an array alone': lambda file, key, cohort: np.save(file, cohort),
+    'another shape': lambda file, key, cohort: np.savez(file, key=key, cohort=cohort[:, 0]),
+    'other speakers': lambda file, key, cohort: np.savez(file, key=key, cohort=cohort[:2]),
+    'another type': lambda file, key, cohort: np.savez(file, key=key, cohort=cohort.astype(float)),
+    'NaN': lambda file, key, cohort: np.savez(file, key=key, cohort=cohort * np.nan),
+}
+
+
+@pytest.mark.parametrize('kind', COHORTS)
+def test_a_cohort_that_cannot_be_used_is_made_anew(tree, model, kind):
+    evaluate(tree, model, score_norm='asnorm')
+    scores = Path(tree['save_path'], 'scores/trials.txt')
+    expected = scores.read_text()
+    with np.load(f'{model}.cohort.npz') as kept:
+        key, cohort = kept['key'], kept['cohort']
+    with open(f'{model}.cohort.npz', 'wb') as file:
+        COHORTS[kind](file, key, cohort)
+    evaluate(tree, model, score_norm='asnorm')
+    assert scores.read_text() == expected
