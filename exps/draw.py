@@ -48,17 +48,7 @@ def draw_det(path, experiments):
     figure, axes = pyplot.subplots(figsize=(6, 6), layout='constrained')
     lowest = 0.5
     for name, (scores, labels) in experiments.items():
-        fnr, fpr, _ = ComputeErrorRates(scores, labels)
-        points = operating_points(scores, labels)
-        eer = points['EER']['value']
-        cost = points['minDCF(0.05)']['value']
-
-        seen = (fnr > 0) & (fpr > 0)
-        label = f'{name}: EER {eer:.2f}%, minDCF(0.05) {cost:.3f}'
-        (line,) = axes.plot(ndtri(fpr[seen]), ndtri(fnr[seen]), label=label)
-        equal = ndtri(eer / 100)
-        axes.plot(equal, equal, 'o', color=line.get_color())
-
+        plot_det(axes, name, scores, labels)
         # Fewer than one error of either kind cannot be seen.
         targets = labels.sum()
         fewest = min(targets, len(labels) - targets)
@@ -77,6 +67,20 @@ def draw_det(path, experiments):
     axes.grid(alpha=0.3)
     axes.legend(loc='upper right')
     save(figure, path)
+
+
+def plot_det(axes, name, scores, labels):
+    """Plots the DET curve of scores (N,) with labels (N,), and a point at its EER."""
+    fnr, fpr, _ = ComputeErrorRates(scores, labels)
+    points = operating_points(scores, labels)
+    eer = points['EER']['value']
+    cost = points['minDCF(0.05)']['value']
+
+    seen = (fnr > 0) & (fpr > 0)
+    label = f'{name}: EER {eer:.2f}%, minDCF(0.05) {cost:.3f}'
+    (line,) = axes.plot(ndtri(fpr[seen]), ndtri(fnr[seen]), label=label)
+    equal = ndtri(eer / 100)
+    axes.plot(equal, equal, 'o', color=line.get_color())
 
 
 def save(figure, path):

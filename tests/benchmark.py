@@ -374,8 +374,7 @@ def step_rows(options, folder):
         plain(*batch)
         with FlopCounterMode(display=False) as counter:
             ours(*batch)
-        operations = counter.get_total_flops() / batch_size
-        work = (operations, peak)
+        work = (counter.get_total_flops() / batch_size, peak)
         what = f'step float32, C={channels}, batch {batch_size}'
         row = compare(what, 'utt/s', measure(plain), measure(ours), least=2, work=work)
         if channels == C:
@@ -385,14 +384,13 @@ def step_rows(options, folder):
     if not has_bfloat16(device):
         yield Row('step bfloat16', note='this CPU has no bfloat16')
         return
-    work = (operations, matmul_pace(device, torch.bfloat16))
-    names = ['bfloat16', 'bfloat16, compiled'] if cuda else ['bfloat16 ("plain" is our float32)']
-    reference = plain if cuda else ours
-    slow = measure(reference)
-    for name in names:
-        step = make_step('ours', device, C, 'bf16', compile='compiled' in name)
+    work = (work[0], matmul_pace(device, torch.bfloat16))
+    slow = measure(plain if cuda else ours)
+    for kind in ('', ', compiled') if cuda else (' ("plain" is our float32)',):
+        step = make_step('ours', device, C, 'bf16', compile='compiled' in kind)
         step(*batch)
-        yield compare(f'step {name}, C={C}', 'utt/s', slow, measure(step), least=2, work=work)
+        what = f'step bfloat16{kind}, C={C}'
+        yield compare(what, 'utt/s', slow, measure(step), least=2, work=work)
 
 
 # traffic: what a step asks of a GPU, counted on tensors without numbers.
@@ -527,29 +525,24 @@ def pipeline_rows(options, folder):
     size = 400 if cuda else 16
     C = 1024 if cuda else 64
     precision = 'bf16' if cuda and has_bfloat16(device) else 'fp32'
-    workers = default_n_cpu()
     make_corpus(folder, utterances=4000 if cuda else 32, minutes=3 if cuda else 1)
 
     # On a GPU files are listed several times, so that every worker has many batches to make.
     lines = (folder / 'train.txt').read_text()
-    plain_times = 3 if cuda else 1
-    our_times = 20 if cuda else 1
-    plain_list = folder / 'plain.txt'
-    our_list = folder / 'ours.txt'
-    plain_list.write_text(lines * plain_times)
-    our_list.write_text(lines * our_times)
+    (folder / 'plain.txt').write_text(lines * (3 if cuda else 1))
+    (folder / 'ours.txt').write_text(lines * (20 if cuda else 1))
 
     paths = [str(folder / name) for name in ('train', 'musan', 'rirs')]
     plain_batches = DataLoader(
-        PlainDataset(str(plain_list), *paths, 200),
+        PlainDataset(str(folder / 'plain.txt'), *paths, 200),
         size,
         shuffle=True,
         drop_last=True,
-        num_workers=workers,
+        num_workers=default_n_cpu(),
         persistent_workers=True,
     )
-    dataset = train_loader(str(our_list), *paths, num_frames=200, seed=10)
-    batches = make_batches(dataset, size, workers)
+    dataset = train_loader(str(folder / 'ours.txt'), *paths, num_frames=200, seed=10)
+    batches = make_batches(dataset, size, default_n_cpu())
 
     def epoch(batches, step):
         for audio, labels in batches:
@@ -558,12 +551,11 @@ def pipeline_rows(options, folder):
             step(audio, labels)
 
     step = make_step('ours', device, C, precision, compile=cuda)
-    plain_step = make_step('plain', device, C)
-    plain_epoch = partial(epoch, plain_batches, plain_step)
+    plain_epoch = partial(epoch, plain_batches, make_step('plain', device, C))
     plain = timed(plain_epoch, len(plain_batches) * size, device)
     ours = timed(partial(epoch, batches, step), len(batches) * size, device)
     ours()  # starts the workers and, on a GPU, compiles
-    what = f'pipeline, C={C}, batch {size}, {workers} workers'
+    what = f'pipeline, C={C}, batch {size}, {default_n_cpu()} workers'
     yield compare(what, 'utt/s', plain, ours, least=2)
 
 
@@ -707,27 +699,29 @@ def scoring_rows(options, folder):
         scores['ours'] = score_pairs(embeddings, pairs)
         operating_points(scores['ours'], labels)
 
-    what = f'scoring, {files:,} files, {trials:,} trials ({part:,} in plain)'
-    row = compare(what, 'trials/s', timed(plain, part), timed(ours, trials), least=2)
+    row = compare(
+        f'scoring, {files:,} files, {trials:,} trials ({part:,} in plain)',
+        'trials/s',
+        timed(plain, part),
+        timed(ours, trials),
+        least=2,
+    )
     difference = np.abs(scores['ours'][:part] - np.array(scores['plain'])).max()
-    note = f'rates per trial; largest difference of scores {difference:.1e}'
-    yield row._replace(note=note)
+    yield row._replace(note=f'rates per trial; largest difference of scores {difference:.1e}')
 
     speakers = 60 if options.quick else SPEAKERS
+    yield as_norm_row(scores['ours'][: trials // 5], embeddings[: files // 5], pairs, speakers)
+
+
+def as_norm_row(scores, embeddings, pairs, speakers):
+    """AS-norm of scores (N,) of the first pairs of embeddings (files, 2, 192)."""
+    rng = np.random.default_rng(1)
     cohort = rng.standard_normal((speakers, 2, 192), dtype=np.float32)
-    files = files // 5
-    trials = trials // 5
-    normalise = partial(
-        as_norm,
-        scores['ours'][:trials],
-        embeddings[:files],
-        pairs[:trials] % files,
-        cohort,
-        400,
-    )
-    seconds = timed(normalise, files)()
-    what = f'as-norm, {trials:,} trials, {speakers:,} speakers'
-    yield Row(what, f'{quantity(1 / seconds)} files/s')
+    pairs = pairs[: len(scores)] % len(embeddings)
+    normalise = partial(as_norm, scores, embeddings, pairs, cohort, 400)
+    seconds = timed(normalise, len(embeddings))()
+    what = f'as-norm, {len(scores):,} trials, {speakers:,} speakers'
+    return Row(what, f'{quantity(1 / seconds)} files/s')
 
 
 # lists: a training list of VoxCeleb2's size.

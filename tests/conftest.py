@@ -104,35 +104,45 @@ def norm_errors(device='cpu', norm_of_all=norm_of_all):
     """
     errors = []
     random = torch.Generator().manual_seed(0)
-    rank = dist.get_rank()
-    size = dist.get_world_size()
-    part = slice(8 * rank // size, 8 * (rank + 1) // size)
+    part = own_part(8)
     for offset in (0, 1000):
         for shape in ((8, 16, 50), (8, 192)):
             x = torch.randn(shape, generator=random) + offset
             direction = torch.randn(shape, generator=random)
             weight, bias = torch.rand(2, shape[1], generator=random)
-
-            inputs = [tensor.double().requires_grad_() for tensor in (x, weight, bias)]
-            expected = F.batch_norm(inputs[0], None, None, *inputs[1:], training=True)
-            gradients = torch.autograd.grad(expected, inputs, direction.double())
-            dims = [dim for dim in range(x.ndim) if dim != 1]
-            variance, mean = torch.var_mean(x.double(), dims, correction=0)
+            exact = exact_norm(x, weight, bias, direction, part)
 
             inputs = [tensor.to(device).requires_grad_() for tensor in (x[part], weight, bias)]
-            own, own_mean, own_variance = norm_of_all(*inputs, eps=1e-5)
-            own_gradients = torch.autograd.grad(own, inputs, direction[part].to(device))
-            for gradient in own_gradients[1:]:
+            normalised, mean, variance = norm_of_all(*inputs, eps=1e-5)
+            gradients = torch.autograd.grad(normalised, inputs, direction[part].to(device))
+            for gradient in gradients[1:]:
                 dist.all_reduce(gradient)
 
-            pairs = [(own, expected[part]), (own_variance, variance)]
-            if offset:
-                pairs.append((own_mean, mean))
-            pairs.append((own_gradients[0], gradients[0][part]))
-            pairs += zip(own_gradients[1:], gradients[1:])
-            for ours, exact in pairs:
-                errors.append(((ours.cpu() - exact).norm() / exact.norm()).item())
+            ours = [normalised, variance, *gradients]
+            if offset:  # a mean of 0 has no relative error
+                ours.append(mean)
+            for tensor, expected in zip(ours, exact):
+                errors.append(((tensor.cpu() - expected).norm() / expected.norm()).item())
     return errors
+
+
+def own_part(size):
+    """Where this process's part of a batch of `size` lies in it."""
+    share = size // dist.get_world_size()
+    return slice(share * dist.get_rank(), share * (dist.get_rank() + 1))
+
+
+def exact_norm(x, weight, bias, direction, part):
+    """Batch norm of x in float64: of a part of the batch, its output; variance, gradients, mean.
+
+    The gradients are those of x in this part, of weight and of bias.
+    """
+    inputs = [tensor.double().requires_grad_() for tensor in (x, weight, bias)]
+    normalised = F.batch_norm(inputs[0], None, None, *inputs[1:], training=True)
+    gradients = torch.autograd.grad(normalised, inputs, direction.double())
+    dims = [dim for dim in range(x.ndim) if dim != 1]
+    variance, mean = torch.var_mean(x.double(), dims, correction=0)
+    return [normalised[part], variance, gradients[0][part], *gradients[1:], mean]
 
 
 def weights(path):

@@ -431,29 +431,33 @@ def noise(rng):
         wind = coloured_noise(rng, CLIP, 8)
         gusts = np.exp(np.interp(time, np.arange(6), rng.normal(0, 1, 6)))
         return wind * gusts
-
     if kind == 2:
-        speed = rng.uniform(25, 120)
-        wavering = rng.uniform(0, 1)
-        turns = speed * time + wavering * np.sin(2 * np.pi * time / 4)
-        motor = sum(rng.exponential(1 / k) * np.sin(2 * np.pi * k * turns) for k in range(1, 40))
-        return motor + 0.5 * hiss
-
+        return motor(rng, time) + 0.5 * hiss
     if kind == 3:
-        impulses = rng.standard_normal(CLIP)
-        knocks = impulses * (rng.random(CLIP) < rng.uniform(3, 30) / RATE)
-        angle = 2 * np.pi * rng.uniform(300, 4000) / RATE
-        radius = np.exp(-1 / (RATE * rng.uniform(0.002, 0.05)))
-        clatter = lfilter([1], [1, -2 * radius * np.cos(angle), radius**2], knocks)
-        return clatter + 0.002 * hiss
-
+        return clatter(rng) + 0.002 * hiss
     if kind == 4:
         frequencies = rng.uniform(400, 3000, (2, 1))
         tones = np.sin(2 * np.pi * frequencies * time).sum(axis=0)
         rings = np.sin(2 * np.pi * rng.uniform(0.3, 3) * time) > 0
         return tones * rings + 0.03 * hiss
-
     return hiss
+
+
+def motor(rng, time):
+    """Harmonics of a turning that wavers, at times in s (samples,)."""
+    speed = rng.uniform(25, 120)
+    wavering = rng.uniform(0, 1)
+    turns = speed * time + wavering * np.sin(2 * np.pi * time / 4)
+    return sum(rng.exponential(1 / k) * np.sin(2 * np.pi * k * turns) for k in range(1, 40))
+
+
+def clatter(rng):
+    """Knocks at random times, each of which rings (samples,)."""
+    impulses = rng.standard_normal(CLIP)
+    knocks = impulses * (rng.random(CLIP) < rng.uniform(3, 30) / RATE)
+    angle = 2 * np.pi * rng.uniform(300, 4000) / RATE
+    radius = np.exp(-1 / (RATE * rng.uniform(0.002, 0.05)))
+    return lfilter([1], [1, -2 * radius * np.cos(angle), radius**2], knocks)
 
 
 def write_room(folder, size, positions, seed):
@@ -467,35 +471,45 @@ def write_room(folder, size, positions, seed):
     length, width = rng.uniform(*size, 2)
     height = rng.uniform(2.5, 3 + size[0] / 4)
     sides = np.array([length, width, height])
-    volume = sides.prod()
-    surface = 2 * (volume / sides).sum()
     absorption = rng.uniform(0.2, 0.6)
-    decay = min(0.161 * volume / (surface * absorption), 1.2)  # RT60 in s, by Sabine's formula
-    mixing = int(RATE * np.sqrt(volume) / 1000)  # Polack's estimate, sqrt of the volume in ms
-
-    cells = np.array(list(itertools.product(range(-3, 4), repeat=3)))[:, None]
-    mirrored = np.array(list(itertools.product((0, 1), repeat=3)))
-    bounces = (np.abs(cells - mirrored) + np.abs(cells)).sum(axis=2)
-    time = np.arange(int(decay * RATE)) / RATE
-    late = np.arange(len(time)) >= mixing
-
     name = os.path.basename(folder)
     samples = 0
     for position in range(1, positions + 1):
-        source, microphone = rng.uniform(0.1, 0.9, (2, 3)) * sides
-        images = (1 - 2 * mirrored) * source + 2 * cells * sides
-        distance = np.maximum(np.linalg.norm(images - microphone, axis=2), 0.3)
-        delay = ((distance - distance.min()) / 343 * RATE).astype(int)
-        early = delay < min(mixing, len(time))
-
-        response = rng.standard_normal(len(time)) * 10 ** (-3 * time / decay) * late
-        response *= np.sqrt(13.8 / (decay * RATE)) / (0.057 * np.sqrt(volume / decay))
-        reflections = (1 - absorption) ** (bounces[early] / 2) / distance[early]
-        np.add.at(response, delay[early], reflections)
-
+        response = draw_response(rng, sides, absorption)
         path = os.path.join(folder, f'{name}-{position:05d}.wav')
         samples += write_wave(path, response / np.abs(response).max())
     return samples
+
+
+def draw_response(rng, sides, absorption):
+    """Impulse response (samples,) between two places, drawn at random, of a room.
+
+    sides: (3,), in m; absorption: of its walls, from 0 to 1.
+    """
+    volume = sides.prod()
+    surface = 2 * (volume / sides).sum()
+    decay = min(0.161 * volume / (surface * absorption), 1.2)  # RT60 in s, by Sabine's formula
+    mixing = int(RATE * np.sqrt(volume) / 1000)  # Polack's estimate, sqrt of the volume in ms
+    delay, reflections = reflect(*rng.uniform(0.1, 0.9, (2, 3)) * sides, sides, absorption)
+
+    time = np.arange(int(decay * RATE)) / RATE
+    late = np.arange(len(time)) >= mixing
+    response = rng.standard_normal(len(time)) * 10 ** (-3 * time / decay) * late
+    response *= np.sqrt(13.8 / (decay * RATE)) / (0.057 * np.sqrt(volume / decay))
+    early = delay < min(mixing, len(time))
+    np.add.at(response, delay[early], reflections[early])
+    return response
+
+
+def reflect(source, microphone, sides, absorption):
+    """(Delays in samples, amplitudes) of the reflections in a shoebox of `sides`, in m."""
+    cells = np.array(list(itertools.product(range(-3, 4), repeat=3)))[:, None]
+    mirrored = np.array(list(itertools.product((0, 1), repeat=3)))
+    bounces = (np.abs(cells - mirrored) + np.abs(cells)).sum(axis=2)
+    images = (1 - 2 * mirrored) * source + 2 * cells * sides
+    distance = np.maximum(np.linalg.norm(images - microphone, axis=2), 0.3)
+    delay = ((distance - distance.min()) / 343 * RATE).astype(int)
+    return delay, (1 - absorption) ** (bounces / 2) / distance
 
 
 # What makes them, and how many.
