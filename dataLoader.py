@@ -25,7 +25,16 @@ from scipy.signal import fftconvolve
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from tools import BadInput, process_count, process_rank, say, sha256, write_text
+from tools import (
+    BadInput,
+    number_speakers,
+    process_count,
+    process_rank,
+    say,
+    sha256,
+    speaker_of,
+    write_text,
+)
 
 RATE = 16000
 SPEEDS = (100, 90, 110)  # percent
@@ -594,7 +603,8 @@ class TrialList(NamedTuple):
 
     labels: int8 (N,), 1 for the same speaker; pairs: int32 (N, 2), enrolment and test, indices into
     `names`, the models and files as the list names them; rows: for each name in turn, the numbers
-    of its files among all files; name i begins at starts[i].
+    of its files among all files; name i begins at starts[i]; speakers: int (N, 2), numbers of the
+    two speakers of each trial, None where they are not known, and then why.
     """
 
     path: str
@@ -604,6 +614,12 @@ class TrialList(NamedTuple):
     names: list
     rows: np.ndarray
     starts: np.ndarray
+    speakers: np.ndarray | None
+    why_no_speakers: str
+
+    def speaker_count(self):
+        """How many speakers there are, None where that is not known."""
+        return None if self.speakers is None else int(self.speakers.max()) + 1
 
     def mean(self, values):
         """For each name, the mean over its files of values (files, ...)."""
@@ -692,22 +708,30 @@ def read_trials(path, folder, models, enrolments, rows_of_files):
             f'--eval_list: {path}: needs trials of both kinds, 1 and 0, for an error rate'
         )
 
+    labels = np.array(labels)
+    pairs = np.array(pairs).reshape(-1, 2)
+
     rows = array('i')
     starts = []
+    speakers = []  # of each side, None for a model of several
     for is_model, name in sides:
         starts.append(len(rows))
-        utterances = models[name] if is_model else [name]
+        listed = models[name] if is_model else [name]
+        utterances = [os.fsdecode(utterance) for utterance in listed]
+        names = {speaker_of(utterance) for utterance in utterances}
+        speakers.append(names.pop() if len(names) == 1 else None)
         for utterance in utterances:
-            file = os.path.join(folder, os.fsdecode(utterance))
+            file = os.path.join(folder, utterance)
             rows.append(rows_of_files.setdefault(file, len(rows_of_files)))
     return TrialList(
         path,
         sha256(content + enrolments),
-        np.array(labels),
-        np.array(pairs).reshape(-1, 2),
+        labels,
+        pairs,
         [os.fsdecode(name) for _, name in sides],
         np.array(rows),
         np.array(starts),
+        *number_speakers(labels, pairs, speakers),
     )
 
 

@@ -25,11 +25,15 @@ import torch.distributed as dist
 from scipy.special import logit
 from sklearn.isotonic import IsotonicRegression
 from sklearn.metrics import roc_curve
+from tqdm import tqdm
 
 FIGURES = ('EER', 'minDCF(0.01)', 'minDCF(0.05)')  # the prior of a target with minDCF; both costs 1
+REPLICATES = 1000  # of the speakers of a list, for an interval
+FEWEST_SPEAKERS = 5  # below which an interval says nothing
 
 
-# 1. Measures: scores of trials and their normalisation; EER, minDCF and Cllr; accuracy.
+# 1. Measures: scores of trials and their normalisation; EER, minDCF and Cllr, and how sure these
+# are; accuracy.
 
 
 class Scored(NamedTuple):
@@ -183,6 +187,143 @@ def ComputeMinDcf(fnrs, fprs, thresholds, p_target, c_miss, c_fa):
     costs = c_miss * np.asarray(fnrs) * p_target + c_fa * np.asarray(fprs) * (1 - p_target)
     best = np.argmin(costs)
     return costs[best] / min(c_miss * p_target, c_fa * (1 - p_target)), thresholds[best]
+
+
+def interval_of(values):
+    """[2.5 %, 97.5 %] of the values (replicates,) of a figure, NaN ones left out."""
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return [float(low), float(high)]
+
+
+def draw_speakers(count, replicates=REPLICATES, seed=0):
+    """How often each of `count` speakers is drawn in a replicate, int64 (replicates, count).
+
+    A replicate draws as many speakers as there are, with replacement; the same ones for the same
+    count, so that two sets of scores of one list can be compared replicate by replicate.
+    """
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(count, np.full(count, 1 / count), size=replicates)
+
+
+def replicate_figures(scores, labels, speakers, draws):
+    """FIGURES (replicates, 3) of scores (N,) with labels (N,), by a joint bootstrap over speakers.
+
+    speakers: int (N, 2), the two of each trial; draws: what draw_speakers returns, or an iterable
+    of its rows. In a replicate that draws a speaker c times, a target trial weighs c, and a
+    non-target trial the product of the c of its two speakers. So both sides of a trial vary, and
+    trials that share a speaker vary together; compare the bootstrap of rows and columns of Owen,
+    Annals of Applied Statistics, 2007. NaN where a replicate has no trials of one kind.
+    """
+    order = np.argsort(scores, kind='stable')
+    scores = np.asarray(scores)[order]
+    is_target = np.asarray(labels)[order] == 1
+    first, second = np.asarray(speakers)[order].T
+    # Where a group of equal scores begins, which is one threshold of the EER.
+    begins = np.flatnonzero(np.concatenate([[True], scores[1:] != scores[:-1]]))
+
+    figures = []
+    for counts in draws:
+        weights = counts[first] * np.where(is_target, 1, counts[second])
+        figures.append(weighted_figures(weights, is_target, begins))
+    return np.array(figures)
+
+
+def weighted_figures(weights, is_target, begins):
+    """FIGURES of trials in the ascending order of their scores, each repeated `weights` (N,) times.
+
+    The definitions are those of tuneThresholdfromScore and ComputeMinDcf. begins: where groups of
+    equal scores begin.
+    """
+    targets = weights * is_target
+    others = weights - targets
+    if not targets.any() or not others.any():
+        return [np.nan] * len(FIGURES)
+    target_groups = np.add.reduceat(targets, begins)
+    other_groups = np.add.reduceat(others, begins)
+    eer = weighted_eer(target_groups, other_groups)
+
+    present = weights > 0
+    misses = np.cumsum(targets[present])
+    rejections = np.cumsum(others[present])
+    # The lowest threshold rejects one copy of the lowest trial.
+    lowest = is_target[present][0]
+    misses = np.concatenate([[lowest], misses])
+    rejections = np.concatenate([[1 - lowest], rejections])
+    fnrs = misses / misses[-1]
+    fprs = 1 - rejections / rejections[-1]
+    costs = [ComputeMinDcf(fnrs, fprs, fnrs, prior, 1, 1)[0] for prior in (0.01, 0.05)]
+    return [eer, *costs]
+
+
+def weighted_eer(targets, others):
+    """EER in percent of the weights of target and other trials at each score, ascending.
+
+    As in roc_curve, which tuneThresholdfromScore calls, a point on a straight part of the curve is
+    no threshold.
+    """
+    present = targets + others > 0
+    accepted = np.cumsum(targets[present][::-1])
+    false = np.cumsum(others[present][::-1])
+    corners = (np.diff(accepted, 2) != 0) | (np.diff(false, 2) != 0)
+    corners = np.concatenate([[True], corners, [True]]) if len(accepted) > 1 else [True]
+    accepted = np.concatenate([[0], accepted[corners]])
+    false = np.concatenate([[0], false[corners]])
+    fnr = 1 - accepted / accepted[-1]
+    fpr = false / false[-1]
+    nearest = np.argmin(np.abs(fnr - fpr))
+    return 100 * max(fnr[nearest], fpr[nearest])
+
+
+def number_speakers(labels, pairs, speakers):
+    """Numbers of the speakers of trials, for replicate_figures.
+
+    labels: (N,); pairs: int (N, 2), indices into `speakers`, a list of names, None where a model
+    has several. Returns (int (N, 2), ''), or (None, why there can be no interval).
+    """
+    if None in speakers:
+        return None, 'a model has utterances of several speakers'
+    number_of = {name: number for number, name in enumerate(sorted(set(speakers)))}
+    if len(number_of) < FEWEST_SPEAKERS:
+        return None, f'{len(number_of)} speakers, and {FEWEST_SPEAKERS} are the fewest'
+    numbers = np.array([number_of[name] for name in speakers])[pairs]
+    wrong = np.flatnonzero((numbers[:, 0] == numbers[:, 1]) != (np.asarray(labels) == 1))
+    if len(wrong):
+        enrolment, test = (speakers[name] for name in pairs[wrong[0]])
+        kind = 'the same speaker' if labels[wrong[0]] else 'different speakers'
+        return None, (
+            f'{len(wrong)} labels contradict the first folders of the files, which are taken for '
+            f'the speakers: a trial of {kind} is of {enrolment} and {test}'
+        )
+    return numbers, ''
+
+
+def speaker_of(path):
+    """The speaker of a file, by the first part of its path in a list."""
+    return path.split('/')[0]
+
+
+def add_intervals(results, trial_lists):
+    """Adds to each figure of score_lists' results its 'interval' of 95 %, [low, high].
+
+    A list without known speakers gets none, and a note says why.
+    """
+    for trials, kinds in zip(trial_lists, results):
+        if trials.speakers is None:
+            say(f'note          no intervals for {trials.path}: {trials.why_no_speakers}')
+            continue
+        draws = draw_speakers(trials.speaker_count())
+        for kind, scored in kinds.items():
+            # disable=None shows the bar on a terminal alone.
+            shown = tqdm(draws, f'how sure, {kind}', disable=None, leave=False)
+            values = replicate_figures(scored.scores, trials.labels, trials.speakers, shown)
+            for name, column in zip(FIGURES, values.T):
+                scored.figures[name]['interval'] = interval_of(column)
+            left_out = int(np.isnan(values[:, 0]).sum())
+            if left_out:
+                say(
+                    f'note          {trials.path}: {left_out} of {REPLICATES} replicates had '
+                    'trials of one kind alone, and are left out of the intervals'
+                )
 
 
 def calibration_figures(ratios, labels):
@@ -339,6 +480,7 @@ def write_results(results, trial_lists, checkpoint, args):
                 'scores': path,
                 'trials': len(trials.labels),
                 'targets': int(trials.labels.sum()),
+                'speakers': trials.speaker_count(),
                 'sha256': trials.sha256,
                 'checkpoint': checkpoint,
                 **provenance(args.command),
@@ -378,20 +520,32 @@ def read_trial_scores(path):
 
 def figures_table(results, trial_lists):
     """The figures of score_lists' results as the text of a table, a row for each list and kind."""
-    rows = [['list', 'kind', 'trials', *FIGURES]]
+    rows = [['list', 'kind', 'trials', 'speakers', *FIGURES]]
     for trials, kinds in zip(trial_lists, results):
+        counts = [f'{len(trials.labels):,}', format_count(trials.speaker_count())]
         for kind, scored in kinds.items():
             cells = [format_figure(name, scored.figures) for name in FIGURES]
-            rows.append([trials.path, kind, f'{len(trials.labels):,}', *cells])
+            rows.append([trials.path, kind, *counts, *cells])
     return table(rows)
 
 
+def format_count(count):
+    """The text of a number, '-' where it is not known."""
+    return '-' if count is None else f'{count:,}'
+
+
 def format_figure(name, figures):
-    """The text of a figure in {name: {'value'}}, '-' where it is not there."""
+    """The text of a figure in {name: {'value'}}, with its interval if it has one; '-' for none."""
     if name not in figures:
         return '-'
-    value = figures[name]['value']
-    return f'{value:.2f}%' if name == 'EER' else f'{value:.4f}'
+    digits = 2 if name == 'EER' else 4
+    text = f'{figures[name]["value"]:.{digits}f}'
+    if name == 'EER':
+        text += '%'
+    if 'interval' in figures[name]:
+        low, high = figures[name]['interval']
+        text += f' ({low:.{digits}f} to {high:.{digits}f})'
+    return text
 
 
 def table(rows):

@@ -229,6 +229,8 @@ def evaluate(args):
     os.makedirs(os.path.join(args.save_path, 'scores'), exist_ok=True)
     cohort = load_cohort(system, checkpoint, cohort_files)
     results = system.score_lists(paths, trial_lists, cohort, top_n, subtract_mean)
+    if process_rank() == 0:
+        tools.add_intervals(results, trial_lists)
     say(args.initial_model)
     say(tools.figures_table(results, trial_lists))
     if process_rank() == 0:

@@ -1,27 +1,48 @@
-"""Compares experiments: tables of their figures, training curves, and DET curves.
+"""Compares experiments: tables of their figures, what the trials can tell apart, and pictures.
 
     python -m exps.compare exps/*/score.txt exps/*/results.json
 
 A path stands for its folder, whose score.txt (training) and results.json (--eval) are read. The
-published run is shown beside them. `--markdown` prints the tables for a paper or a README. Where
-matplotlib is installed, training curves are drawn, and DET curves of the scores that --eval wrote,
-one picture a list.
+published run is shown beside them. `--markdown` prints the tables for a paper or a README.
+
+Experiments that scored the same list (same bytes) are compared in pairs: the difference of their
+figures from those of the first one named, or of --baseline, with an interval of 95 %, by the same
+replicates of the speakers on both sides (tools.replicate_figures). Where it holds 0, these trials
+cannot tell the two apart.
+
+Runs that differ in --seed alone, by their options.txt, are one experiment: the mean, lowest and
+highest of their seeds are shown, and an interval that holds both sources of chance, as a replicate
+draws one of the seeds besides the speakers.
+
+Where matplotlib is installed, training curves are drawn, EERs with their intervals, and DET curves
+of the scores that --eval wrote, one picture a list.
 """
 
 import argparse
 import os
+import re
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
+from exps.calibrate import read_calibration
 from tools import (
     FIGURES,
     BadInput,
+    calibration_figures,
+    draw_speakers,
     exit_on_bad_input,
+    format_count,
     format_figure,
+    interval_of,
+    number_speakers,
+    operating_points,
     read_results,
     read_scores,
     read_trial_scores,
+    replicate_figures,
+    speaker_of,
     table,
 )
 
@@ -31,9 +52,11 @@ PUBLISHED_LISTS = {
     'Vox1_O': {
         'figures': {'raw': {'EER': {'value': 0.96}}, 'asnorm': {'EER': {'value': 0.86}}},
         'trials': 37611,
+        'speakers': 40,
         'checkpoint': {'path': 'pretrain.model'},
     }
 }
+CALIBRATED = ('Cllr', 'minCllr')
 
 
 class Experiment(NamedTuple):
@@ -44,21 +67,48 @@ class Experiment(NamedTuple):
     lists: dict
 
 
+class Sample(NamedTuple):
+    """What an experiment, of one or several seeds, has for a list and a kind of scores.
+
+    figures: of each seed, {figure: {'value'}}; replicates: (replicates, 3) values of FIGURES, a
+    seed drawn for each, None where speakers are not known; scores, labels: of the first seed.
+    """
+
+    figures: list
+    replicates: np.ndarray | None
+    scores: np.ndarray
+    labels: np.ndarray
+
+
 def main(argv=None):
-    """Prints the tables and draws the curves; exit status 2, with a sentence, for other files."""
+    """Prints the tables and draws the pictures; exit status 2, with a sentence, for other files."""
     parser = argparse.ArgumentParser(
         prog='python -m exps.compare', description='Compare experiments.'
     )
-    parser.add_argument('scores', nargs='+', help='score.txt or results.json files of experiments')
-    parser.add_argument('--out', default='exps', help='folder of curves.png and det_LIST.png')
-    parser.add_argument('--markdown', action='store_true', help='print the tables as Markdown')
+    add = parser.add_argument
+    add('scores', nargs='+', help='score.txt or results.json files of experiments')
+    add('--baseline', help='experiment that the others are compared with (default: the first)')
+    add('--out', default='exps', help='folder of the pictures curves, eer_LIST and det_LIST')
+    add('--markdown', action='store_true', help='print the tables as Markdown')
     args = parser.parse_args(argv)
     with exit_on_bad_input():
         experiments = read_experiments(args.scores)
+        baseline = args.baseline or next(iter(experiments))
+        if baseline not in experiments:
+            known = ', '.join(experiments)
+            raise BadInput(f'--baseline {baseline}: is not one of the experiments ({known})')
+        groups = group_seeds(experiments)
+        samples = read_samples(experiments, groups)
+        first = next(name for name, members in groups.items() if baseline in members)
+
         print_table(training_rows(experiments), args.markdown)
         print()
         print_table(score_rows(experiments), args.markdown)
-        draw_all(experiments, args.out)
+        for rows in (seed_rows(groups, samples), difference_rows(samples, first)):
+            if len(rows) > 1:
+                print()
+                print_table(rows, args.markdown)
+        draw_all(experiments, samples, args.out)
 
 
 def read_experiments(paths):
@@ -88,6 +138,88 @@ def read_experiments(paths):
     return experiments
 
 
+def group_seeds(experiments):
+    """{name: names of experiments} that differ in --seed alone; a name of several tells how many.
+
+    What does not change the numbers (where a run is kept, how many processes load) does not count.
+    """
+    alike = {}
+    for name, experiment in experiments.items():
+        path = os.path.join(experiment.folder, 'options.txt')
+        key = name
+        if experiment.folder and os.path.exists(path):
+            with open(path, encoding='utf-8', errors='surrogateescape') as file:
+                lines = [line for line in file if line.startswith('--')]
+            ignored = re.compile('--(seed|save_path|n_cpu|device|keep|force|max_bad)[ =\n]')
+            key = tuple(sorted(line for line in lines if not ignored.match(line)))
+        alike.setdefault(key, []).append(name)
+    groups = {}
+    for members in alike.values():
+        name = members[0]
+        if len(members) > 1:
+            name = f'{members[0]} ({len(members)} seeds)'
+        groups[name] = members
+    return groups
+
+
+def read_samples(experiments, groups):
+    """{(SHA-256 of a list, its name, kind): {experiment: Sample}} of the scores that --eval wrote.
+
+    Of an experiment of several seeds, only lists that all of them scored count.
+    """
+    samples = {}
+    for name, members in groups.items():
+        lists = [entries_by_content(experiments[member]) for member in members]
+        for sha256, (path, entry) in lists[0].items():
+            if any(sha256 not in entries for entries in lists):
+                continue
+            runs = [read_run(experiments[m], e[sha256][1]) for m, e in zip(members, lists)]
+            for kind in entry['figures']:
+                if all(kind in run for run in runs):
+                    by_name = samples.setdefault((sha256, stem(path), kind), {})
+                    by_name[name] = sample_of([run[kind] for run in runs])
+    return samples
+
+
+def entries_by_content(experiment):
+    """{SHA-256 of a list: (its path, its entry)} of an experiment's results."""
+    entries = {}
+    for path, entry in experiment.lists.items():
+        if 'sha256' in entry:
+            entries[entry['sha256']] = path, entry
+    return entries
+
+
+def read_run(experiment, entry):
+    """{kind: (scores (N,), labels (N,), names of the trials)} of a list's file of scores."""
+    path = os.path.join(experiment.folder, 'scores', os.path.basename(entry['scores']))
+    labels, scores, names = read_trial_scores(path)
+    kinds = list(entry['figures'])
+    if len(kinds) != scores.shape[1]:
+        raise BadInput(f'{path}: other columns than results.json names; score it again')
+    return {kind: (column, labels, names) for kind, column in zip(kinds, scores.T)}
+
+
+def sample_of(runs):
+    """Sample of [(scores, labels, names)], one of each seed."""
+    scores, labels, names = runs[0]
+    figures = [operating_points(seed_scores, labels) for seed_scores, _, _ in runs]
+    numbers = {name: number for number, name in enumerate({name: 0 for t in names for name in t})}
+    pairs = np.array([[numbers[a], numbers[b]] for a, b in names])
+    speakers, _ = number_speakers(labels, pairs, [speaker_of(name) for name in numbers])
+    if speakers is None:
+        return Sample(figures, None, scores, labels)
+    draws = draw_speakers(speakers.max() + 1)
+    each = []
+    for seed_scores, _, _ in runs:
+        shown = tqdm(draws, 'how sure', disable=None, leave=False)
+        each.append(replicate_figures(seed_scores, labels, speakers, shown))
+    # The same seed of the draw for every experiment: their runs are paired by replicate.
+    chosen = np.random.default_rng(1).integers(len(runs), size=len(draws))
+    replicates = np.stack(each)[chosen, np.arange(len(draws))]
+    return Sample(figures, replicates, scores, labels)
+
+
 def training_rows(experiments):
     """Rows of cells: of each experiment its epochs, last and best EER, and mean of the last ten."""
     rows = [['experiment', 'epochs', 'last EER', 'best EER', 'at epoch', 'mean of last 10']]
@@ -110,15 +242,89 @@ def training_rows(experiments):
 
 def score_rows(experiments):
     """Rows of cells: the figures of each list and kind of scores of each experiment."""
-    rows = [['experiment', 'checkpoint', 'list', 'kind', 'trials', *FIGURES]]
+    header = ['experiment', 'checkpoint', 'list', 'kind', 'trials', 'speakers']
+    rows = [header + [*FIGURES, *CALIBRATED]]
     for name, experiment in experiments.items():
         for path, entry in experiment.lists.items():
             checkpoint = os.path.basename(entry['checkpoint']['path'])
+            counts = [f'{entry["trials"]:,}', format_count(entry.get('speakers'))]
             for kind, figures in entry['figures'].items():
-                cells = [format_figure(figure, figures) for figure in FIGURES]
-                trials = f'{entry["trials"]:,}'
-                rows.append([name, checkpoint, stem(path), kind, trials, *cells])
+                figures = {**figures, **calibrated(experiment, path, entry, kind)}
+                cells = [format_figure(figure, figures) for figure in (*FIGURES, *CALIBRATED)]
+                rows.append([name, checkpoint, stem(path), kind, *counts, *cells])
+    return without_empty_columns(rows)
+
+
+def calibrated(experiment, path, entry, kind):
+    """Cllr and minCllr of a list by its folder's calibration.json; {} where that is for others."""
+    calibration = read_calibration(experiment.folder) if experiment.folder else None
+    if not calibration or calibration['kind'] != kind:
+        return {}
+    same = calibration['checkpoint']['sha256'] == entry['checkpoint']['sha256']
+    if not same or calibration['list']['sha256'] == entry['sha256']:
+        return {}
+    scores, labels, _ = read_run(experiment, entry)[kind]
+    figures = calibration_figures(calibration['weight'] * scores + calibration['bias'], labels)
+    return {name: figures[name] for name in CALIBRATED}
+
+
+def without_empty_columns(rows):
+    """Rows of cells without the columns in which all but the header is '-'."""
+    columns = [column for column in zip(*rows) if set(column[1:]) != {'-'}]
+    return [list(row) for row in zip(*columns)]
+
+
+def seed_rows(groups, samples):
+    """Rows of cells on experiments of several seeds: mean, lowest and highest, interval of both."""
+    rows = [['experiment', 'list', 'kind', 'figure', 'mean', 'seeds', 'seeds and speakers']]
+    for (_, path, kind), by_name in samples.items():
+        for name, sample in by_name.items():
+            if len(groups[name]) == 1:
+                continue
+            for column, figure in enumerate(FIGURES):
+                values = [figures[figure]['value'] for figures in sample.figures]
+                seeds = f'{number(min(values), figure)} to {number(max(values), figure)}'
+                interval = '-'
+                if sample.replicates is not None:
+                    low, high = interval_of(sample.replicates[:, column])
+                    interval = f'{number(low, figure)} to {number(high, figure)}'
+                mean = number(np.mean(values), figure)
+                rows.append([name, path, kind, figure, mean, seeds, interval])
     return rows
+
+
+def difference_rows(samples, baseline):
+    """Rows of cells: differences from the baseline of the others that scored the same list."""
+    rows = [['experiment', 'less', 'list', 'kind', *FIGURES]]
+    for (_, path, kind), by_name in samples.items():
+        if baseline not in by_name or by_name[baseline].replicates is None:
+            continue
+        for name, sample in by_name.items():
+            if name != baseline and sample.replicates is not None:
+                cells = differences(sample, by_name[baseline])
+                rows.append([name, baseline, path, kind, *cells])
+    return rows
+
+
+def differences(sample, baseline):
+    """Cells of the differences of a sample's FIGURES from a baseline's, with intervals of 95 %."""
+    cells = []
+    for column, figure in enumerate(FIGURES):
+        means = []
+        for side in (sample, baseline):
+            means.append(np.mean([figures[figure]['value'] for figures in side.figures]))
+        low, high = interval_of(sample.replicates[:, column] - baseline.replicates[:, column])
+        text = f'{number(means[0] - means[1], figure, "+")} '
+        text += f'({number(low, figure, "+")} to {number(high, figure, "+")})'
+        if low <= 0 <= high:
+            text += ', cannot be told apart on these trials'
+        cells.append(text)
+    return cells
+
+
+def number(value, figure, sign=''):
+    """The text of a figure's value, or, with sign '+', of a difference."""
+    return f'{value:{sign}.2f}' if figure == 'EER' else f'{value:{sign}.4f}'
 
 
 def stem(path):
@@ -135,9 +341,8 @@ def print_table(rows, markdown):
         print(f'| {" | ".join(row)} |')
 
 
-def draw_all(experiments, folder):
-    """Draws training curves and DET curves, where matplotlib is installed."""
-    verification = read_verification(experiments)
+def draw_all(experiments, samples, folder):
+    """Draws training curves, EERs with intervals and DET curves, where matplotlib is installed."""
     try:
         from exps import draw
     except ModuleNotFoundError as error:
@@ -145,31 +350,20 @@ def draw_all(experiments, folder):
         return
     curves = {name: each.epochs for name, each in experiments.items() if each.epochs}
     draw.draw_curves(os.path.join(folder, 'curves.png'), curves)
-    for name, scores in verification.items():
-        draw.draw_det(os.path.join(folder, f'det_{name}.png'), scores)
-
-
-def read_verification(experiments):
-    """{list: {experiment and kind: (scores (N,), labels (N,))}} of the scores that --eval wrote."""
+    bars = {}
     verification = {}
-    for name, experiment in experiments.items():
-        scores_folder = os.path.join(experiment.folder, 'scores')
-        if not experiment.folder or not os.path.isdir(scores_folder):
-            continue
-        entries = {os.path.basename(one['scores']): one for one in experiment.lists.values()}
-        for file in sorted(os.listdir(scores_folder)):
-            path = os.path.join(scores_folder, file)
-            if file not in entries:
-                print(f'not drawn: {path}, which results.json beside it does not name')
-                continue
-            labels, scores, _ = read_trial_scores(path)
-            kinds = list(entries[file]['figures'])
-            if len(kinds) != scores.shape[1]:
-                raise BadInput(f'{path}: other columns than results.json names; score it again')
-            for kind, column in zip(kinds, scores.T):
-                curve = verification.setdefault(stem(file), {})
-                curve[f'{name}, {kind}'] = column, labels
-    return verification
+    for (_, path, kind), by_name in samples.items():
+        for name, sample in by_name.items():
+            label = f'{name}, {kind}'
+            verification.setdefault(path, {})[label] = sample.scores, sample.labels
+            if sample.replicates is not None:
+                eers = [figures['EER']['value'] for figures in sample.figures]
+                interval = interval_of(sample.replicates[:, 0])
+                bars.setdefault(path, {})[label] = np.mean(eers), interval
+    for path, curve in verification.items():
+        draw.draw_det(os.path.join(folder, f'det_{path}.png'), curve)
+    for path, rows in bars.items():
+        draw.draw_intervals(os.path.join(folder, f'eer_{path}.png'), rows)
 
 
 if __name__ == '__main__':

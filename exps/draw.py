@@ -83,6 +83,21 @@ def plot_det(axes, name, scores, labels):
     axes.plot(equal, equal, 'o', color=line.get_color())
 
 
+def draw_intervals(path, rows):
+    """Draws EERs with bars of their intervals, {name: (EER, (low, high))} in percent, to a PNG."""
+    size = (7, 1 + 0.4 * len(rows))
+    figure, axes = pyplot.subplots(figsize=size, layout='constrained')
+    for height, (eer, (low, high)) in enumerate(rows.values()):
+        axes.plot([low, high], [height, height], '-', color='C0', linewidth=3, alpha=0.5)
+        axes.plot(eer, height, 'o', color='C0')
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.invert_yaxis()
+    title = os.path.basename(path)[len('eer_') : -len('.png')]
+    axes.set(title=title, xlabel='EER (%) and its interval of 95 %')
+    axes.grid(alpha=0.3)
+    save(figure, path)
+
+
 def save(figure, path):
     """Writes a figure to a PNG."""
     folder = os.path.dirname(os.path.abspath(path))

@@ -406,6 +406,23 @@ def plain_eer(scores, labels):
     return 100 * max(fnr[closest], fpr[closest])
 
 
+def plain_replicate(scores, labels, speakers, counts):
+    """plain_figures of trials that are there as often as their speakers (N, 2) were drawn.
+
+    counts: how often each speaker was. A target trial is there once for each time that its speaker
+    was drawn, another one once for each pair of draws of its two speakers.
+    """
+    repeated_scores = []
+    repeated_labels = []
+    for score, label, (first, second) in zip(scores, labels, speakers):
+        times = counts[first]
+        if not label:
+            times = times * counts[second]
+        repeated_scores += [score] * times
+        repeated_labels += [label] * times
+    return plain_figures(repeated_scores, repeated_labels)
+
+
 def plain_figures(scores, labels):
     """(EER in percent, minDCF at p_target 0.05, minDCF at p_target 0.01)."""
     rates = plain_error_rates(scores, labels)

@@ -131,11 +131,9 @@ def test_several_lists_in_one_command(tree, model, tmp_path, capsys, embedded):
     trainECAPAModel.main([*options, '--eval_path', tree['eval_path']])
     assert [len(paths) for paths in embedded] == [12], 'a file of two lists is embedded once'
     header, *together = last_table(capsys)
-    assert header == ['list', 'kind', 'trials', 'EER', 'minDCF(0.01)', 'minDCF(0.05)']
-    assert [row[:3] for row in together] == [
-        [tree['eval_list'], 'raw', '66'],
-        [second, 'raw', '33'],
-    ]
+    assert header == ['list', 'kind', 'trials', 'speakers', 'EER', 'minDCF(0.01)', 'minDCF(0.05)']
+    counts = [[tree['eval_list'], 'raw', '66', '-'], [second, 'raw', '33', '-']]
+    assert [row[:4] for row in together] == counts, 'four speakers are too few to tell'
 
     trainECAPAModel.main([*options, '--eval_path', tree['eval_path'], elsewhere])
     assert last_table(capsys)[1:] == together
@@ -156,7 +154,7 @@ def test_several_lists_in_training(tree, tmp_path, capsys):
     rows = {line[0]: line for line in lines if line}
     assert (rows[first][2], rows[str(second)][2]) == ('66', '40')
     (score,) = tools.read_scores(tree['save_path'] + '/score.txt')
-    assert f'{score[4]:.2f}%' == rows[first][3]
+    assert f'{score[4]:.2f}%' == rows[first][4]
 
 
 def test_as_norm_by_command(tree, model, capsys, embedded):
@@ -198,8 +196,8 @@ def test_results_say_what_they_are(tree, model):
     run('--eval', **eval_options(tree, model))
     entry = results_of(tree['save_path'])[tree['eval_list']]
     assert list(entry) == [
-        'figures', 'scores', 'trials', 'targets', 'sha256', 'checkpoint', 'command', 'commit',
-        'versions', 'options',
+        'figures', 'scores', 'trials', 'targets', 'speakers', 'sha256', 'checkpoint', 'command',
+        'commit', 'versions', 'options',
     ]  # fmt: skip
     assert set(entry['figures']['raw']) == {'EER', 'minDCF(0.01)', 'minDCF(0.05)'}
     assert (entry['trials'], entry['targets']) == (66, 12)
@@ -516,6 +514,7 @@ def experiment(tmp_path):
         'figures': {'raw': raw, 'asnorm': {'EER': {'value': 10.5, 'threshold': 0}}},
         'scores': 'x/scores/hard.txt',
         'trials': 200,
+        'sha256': '0',
         'checkpoint': {'path': 'x/model_0005.model', 'sha256': ''},
     }
     (folder / 'results.json').write_text(json.dumps({'lists': {'lists/hard.txt': entry}}))
@@ -531,11 +530,11 @@ def test_comparing_experiments(experiment, tmp_path, capsys):
     assert rows[2] == ['published', '80', '1.03%', '0.96%', '70', '1.05%']
     rows = [re.split(r'  +', line) for line in scores.splitlines()[:5]]
     assert rows == [
-        ['experiment', 'checkpoint', 'list', 'kind', 'trials', *tools.FIGURES],
-        ['one', 'model_0005.model', 'hard', 'raw', '200', '12.34%', '-', '0.5000'],
-        ['one', 'model_0005.model', 'hard', 'asnorm', '200', '10.50%', '-', '-'],
-        ['published', 'pretrain.model', 'Vox1_O', 'raw', '37,611', '0.96%', '-', '-'],
-        ['published', 'pretrain.model', 'Vox1_O', 'asnorm', '37,611', '0.86%', '-', '-'],
+        ['experiment', 'checkpoint', 'list', 'kind', 'trials', 'speakers', 'EER', 'minDCF(0.05)'],
+        ['one', 'model_0005.model', 'hard', 'raw', '200', '-', '12.34%', '0.5000'],
+        ['one', 'model_0005.model', 'hard', 'asnorm', '200', '-', '10.50%', '-'],
+        ['published', 'pretrain.model', 'Vox1_O', 'raw', '37,611', '40', '0.96%', '-'],
+        ['published', 'pretrain.model', 'Vox1_O', 'asnorm', '37,611', '40', '0.86%', '-'],
     ]
     for name in ('curves.png', 'det_hard.png'):
         assert (tmp_path / name).read_bytes().startswith(b'\x89PNG')

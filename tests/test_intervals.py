@@ -1,0 +1,243 @@
+"""How sure a figure is: intervals over speakers, paired comparison, seeds."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import plain
+import pytest
+import torch
+from conftest import command_line, make_system, trial_lines, wave, write_wav
+
+import tools
+import trainECAPAModel
+from exps import compare
+from tools import FIGURES, draw_speakers, interval_of, operating_points, replicate_figures
+
+
+def simulate(random, speakers, targets, others):
+    """Scores, labels and speakers (N, 2) of trials with effects of speakers and of pairs.
+
+    targets: target trials of each speaker; others: non-target trials in all.
+    """
+    own = random.normal(0, 0.7, speakers)  # of a speaker's target trials
+    alike = random.normal(0, 0.4, speakers)  # of a speaker to all others
+    first = np.repeat(np.arange(speakers), targets)
+    target_scores = 4 + own[first] + random.standard_normal(len(first))
+
+    a, b = random.integers(speakers, size=(2, others))
+    b = np.where(a == b, (b + 1) % speakers, b)
+    other_scores = alike[a] + alike[b] + random.standard_normal(others)
+
+    scores = np.concatenate([target_scores, other_scores])
+    labels = np.repeat([1, 0], [len(first), others])
+    pairs = np.concatenate([np.stack([first, first], 1), np.stack([a, b], 1)])
+    return scores, labels, pairs
+
+
+@pytest.mark.parametrize('decimals', [1, 8])
+def test_replicates_equal_trials_that_are_really_repeated(decimals):
+    """With equal scores among them, and without."""
+    random = np.random.default_rng(1)
+    for speakers in (5, 6, 8, 12):
+        scores, labels, pairs = simulate(random, speakers, targets=4, others=60)
+        scores = scores.round(decimals)
+        draws = draw_speakers(speakers, replicates=25, seed=speakers)
+        figures = replicate_figures(scores, labels, pairs, draws)
+        for row, counts in zip(figures, draws):
+            if np.isnan(row).any():
+                # A draw of one speaker alone.
+                assert (counts > 0).sum() < 3
+                continue
+            eer, cost_5, cost_1 = plain.plain_replicate(scores, labels, pairs, counts)
+            assert row.tolist() == pytest.approx([eer, cost_1, cost_5], abs=1e-12)
+
+
+def test_without_weights_the_figures_are_the_published_ones():
+    random = np.random.default_rng(2)
+    for decimals in (1, 8):
+        scores, labels, pairs = simulate(random, 20, targets=10, others=500)
+        scores = scores.round(decimals)
+        (once,) = replicate_figures(scores, labels, pairs, [np.ones(20, int)])
+        points = operating_points(scores, labels)
+        assert once.tolist() == [points[name]['value'] for name in FIGURES]
+
+
+def test_a_replicate_without_trials_of_both_kinds_is_left_out():
+    pairs = np.array([[0, 0], [1, 1], [0, 1]])
+    draws = [[2, 0], [1, 1]]
+    figures = replicate_figures([3.0, 2.0, 1.0], [1, 1, 0], pairs, np.array(draws))
+    assert np.isnan(figures[0]).all()
+    assert np.isfinite(figures[1]).all()
+    assert interval_of(figures[:, 0]) == [figures[1, 0], figures[1, 0]]
+
+
+@pytest.mark.slow
+def test_the_interval_holds_the_truth_as_often_as_it_says(capsys):
+    """300 corpora of 40 speakers; the true EER is that of a population 100 times as large.
+
+    Drawing trials instead of speakers takes trials of one speaker for independent, and its interval
+    holds the truth less often.
+    """
+    random = np.random.default_rng(3)
+    scores, labels, _ = simulate(random, 4000, targets=15, others=60000)
+    truth = operating_points(scores, labels)['EER']['value']
+    held = {'speakers': 0, 'trials': 0}
+    for seed in range(300):
+        scores, labels, pairs = simulate(random, 40, targets=15, others=600)
+        draws = draw_speakers(40, replicates=200, seed=seed)
+        figures = replicate_figures(scores, labels, pairs, draws)
+        # As if every trial were of a speaker of its own, against one who is always there once.
+        count = len(labels)
+        alone = np.stack([np.arange(count), np.full(count, count)], axis=1)
+        trial_draws = np.ones((200, count + 1), int)
+        trial_draws[:, :count] = draw_speakers(count, replicates=200, seed=seed)
+        trial_figures = replicate_figures(scores, labels, alone, trial_draws)
+        for name, values in (('speakers', figures), ('trials', trial_figures)):
+            low, high = interval_of(values[:, 0])
+            held[name] += low <= truth <= high
+    with capsys.disabled():
+        print(f'\nintervals that hold the truth, of 300: {held}')
+    assert 0.90 <= held['speakers'] / 300 <= 0.99
+    assert held['trials'] < held['speakers'] - 30
+
+
+@pytest.fixture
+def six(tmp_path, short_crops):
+    """Options of an evaluation of six speakers with three utterances each, and two checkpoints."""
+    names = [f'id{speaker}/session/{number:05d}.wav' for speaker in range(6) for number in range(3)]
+    for number, name in enumerate(names):
+        write_wav(tmp_path / 'eval' / name, wave(number, 9000), subtype='PCM_16')
+    (tmp_path / 'trials.txt').write_text(trial_lines(names))
+    for seed in range(3):
+        torch.manual_seed(seed)
+        make_system().save_parameters(tmp_path / f'{seed}.model')
+    return {'eval_list': str(tmp_path / 'trials.txt'), 'eval_path': str(tmp_path / 'eval')}
+
+
+def evaluate(six, model, save_path, **options):
+    options = {**six, 'initial_model': model, 'save_path': save_path, **options}
+    trainECAPAModel.main(command_line('--eval', device='cpu', n_cpu=0, **options))
+
+
+def trials_of(folder):
+    """(Scores, labels, pairs of speakers) of a file of scores."""
+    labels, scores, names = tools.read_trial_scores(Path(folder, 'scores/trials.txt'))
+    pairs = np.array([[int(name[2]) for name in trial] for trial in names])
+    return scores[:, 0], labels, pairs
+
+
+def test_eval_says_how_sure_it_is(six, tmp_path, capsys):
+    evaluate(six, tmp_path / '0.model', tmp_path / 'one')
+    row = capsys.readouterr().out.splitlines()[-1]
+    record = json.loads((tmp_path / 'one/results.json').read_text())
+    entry = record['lists'][six['eval_list']]
+    assert entry['speakers'] == 6
+    scores, labels, pairs = trials_of(tmp_path / 'one')
+    expected = replicate_figures(scores, labels, pairs, draw_speakers(6))
+    for column, name in enumerate(FIGURES):
+        interval = entry['figures']['raw'][name]['interval']
+        assert interval == pytest.approx(np.nanpercentile(expected[:, column], [2.5, 97.5]))
+    figure = entry['figures']['raw']['EER']
+    low, high = figure['interval']
+    assert f'  6  ' in row and f'{figure["value"]:.2f}% ({low:.2f} to {high:.2f})' in row  # noqa: F541
+
+
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (lambda text: text.replace('id1/', 'id0/').replace('id2/', 'id0/'), '4 speakers, and 5'),
+        (lambda text: re.sub('^0', '1', text, count=1, flags=re.M), 'contradict the first folders'),
+    ],
+)
+def test_a_list_of_unknown_speakers_gets_no_interval(six, tmp_path, capsys, change, words):
+    text = Path(six['eval_list']).read_text()
+    lines = dict.fromkeys(change(text).splitlines())
+    seen = {}
+    for line in lines:
+        label, a, b = line.split()
+        same = a[:3] == b[:3]
+        seen[a, b] = line if 'contradict' in words else f'{int(same)} {a} {b}'
+    Path(six['eval_list']).write_text('\n'.join(seen.values()) + '\n')
+    evaluate(six, tmp_path / '0.model', tmp_path / 'one')
+    output = capsys.readouterr().out
+    assert f'no intervals for {six["eval_list"]}: ' in output
+    assert words in output
+    record = json.loads((tmp_path / 'one/results.json').read_text())
+    entry = record['lists'][six['eval_list']]
+    assert 'interval' not in entry['figures']['raw']['EER']
+    assert entry['speakers'] is None
+
+
+def test_models_are_of_the_speaker_of_their_utterances(six, tmp_path, capsys):
+    models = [f'm{n} id{n}/session/00000.wav id{n}/session/00001.wav' for n in range(6)]
+    trials = [f'{int(m == t)} m{m} id{t}/session/00002.wav' for m in range(6) for t in range(6)]
+    (tmp_path / 'models.txt').write_text('\n'.join(models))
+    (tmp_path / 'cn.txt').write_text('\n'.join(trials))
+    lists = {'eval_list': tmp_path / 'cn.txt', 'enrol_list': tmp_path / 'models.txt'}
+    evaluate({**six, **lists}, tmp_path / '0.model', tmp_path / 'one')
+    assert ' to ' in capsys.readouterr().out.splitlines()[-1]
+    (tmp_path / 'models.txt').write_text('\n'.join([*models, 'm0 id3/session/00000.wav']))
+    evaluate({**six, **lists}, tmp_path / '0.model', tmp_path / 'two')
+    assert 'a model has utterances of several speakers' in capsys.readouterr().out
+
+
+def test_experiments_are_compared_by_the_same_replicates(six, tmp_path, capsys):
+    pytest.importorskip('matplotlib')
+    for number, name in enumerate(('one', 'two')):
+        evaluate(six, tmp_path / f'{number}.model', tmp_path / name)
+    capsys.readouterr()
+    paths = [str(tmp_path / name / 'results.json') for name in ('one', 'two')]
+    for baseline, other in (('one', 'two'), ('two', 'one')):
+        compare.main([*paths, '--baseline', baseline, '--out', str(tmp_path)])
+        tables = capsys.readouterr().out.split('\n\n')
+        (row,) = [re.split('  +', line) for line in tables[-1].splitlines()[1:2]]
+        assert row[:4] == [other, baseline, 'trials', 'raw']
+        replicates = {}
+        for name in ('one', 'two'):
+            replicates[name] = replicate_figures(*trials_of(tmp_path / name), draw_speakers(6))
+        difference = replicates[other] - replicates[baseline]
+        low, high = np.nanpercentile(difference[:, 0], [2.5, 97.5])
+        assert f'({low:+.2f} to {high:+.2f})' in row[4]
+        assert ('cannot be told apart' in row[4]) == (low <= 0 <= high)
+    assert (tmp_path / 'eer_trials.png').read_bytes().startswith(b'\x89PNG')
+    with pytest.raises(SystemExit) as stop:
+        compare.main([*paths, '--baseline', 'three'])
+    assert stop.value.code == 2
+    assert '--baseline three' in capsys.readouterr().err
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_experiment(six, tmp_path, capsys):
+    pytest.importorskip('matplotlib')
+    for seed in range(3):
+        folder = tmp_path / f'run{seed}'
+        evaluate(six, tmp_path / f'{seed}.model', folder)
+        text = f'# command x{seed}\n--seed {seed}\n--save_path {folder}\n--lr 0.001\n'
+        (folder / 'options.txt').write_text(text)
+    evaluate(six, tmp_path / '0.model', tmp_path / 'other')
+    (tmp_path / 'other/options.txt').write_text('--seed 1\n--lr 0.01\n')
+    capsys.readouterr()
+    names = ['run0', 'run1', 'run2', 'other']
+    paths = [str(tmp_path / name / 'results.json') for name in names]
+    compare.main([*paths, '--out', str(tmp_path)])
+    tables = capsys.readouterr().out.split('\n\n')
+    rows = [re.split('  +', line) for line in tables[2].splitlines()]
+    eers = []
+    for name in names[:3]:
+        scores, labels, _ = trials_of(tmp_path / name)
+        eers.append(operating_points(scores, labels)['EER']['value'])
+    assert rows[1][:4] == ['run0 (3 seeds)', 'trials', 'raw', 'EER']
+    assert rows[1][4] == f'{np.mean(eers):.2f}'
+    assert rows[1][5] == f'{min(eers):.2f} to {max(eers):.2f}'
+    assert len(rows) == 4, 'the other experiment has one seed'
+
+    # Both sources: every replicate is of one of the three runs.
+    each = []
+    for name in names[:3]:
+        each.append(replicate_figures(*trials_of(tmp_path / name), draw_speakers(6))[:, 0])
+    low, high = (float(text) for text in rows[1][6].split(' to '))
+    pooled = np.nanpercentile(np.concatenate(each), [2.5, 97.5])
+    assert low == pytest.approx(pooled[0], abs=0.05 * np.ptp(pooled) + 0.01)
+    assert high == pytest.approx(pooled[1], abs=0.05 * np.ptp(pooled) + 0.01)
+    assert tables[3].splitlines()[1].startswith('other')
