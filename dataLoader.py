@@ -21,7 +21,7 @@ import numpy as np
 import soundfile
 import torch
 import torchaudio
-from scipy.signal import fftconvolve
+from scipy.signal import butter, fftconvolve, resample_poly, sosfilt
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
@@ -40,12 +40,43 @@ RATE = 16000
 SPEEDS = (100, 90, 110)  # percent
 NOISE_SNR = {'noise': (0, 15), 'speech': (13, 20), 'music': (5, 15)}  # dB, of each clip
 NOISE_CLIPS = {'noise': (1, 1), 'speech': (3, 8), 'music': (1, 1)}  # fewest and most clips mixed in
+TELEPHONE_RATE = 8000
+TELEPHONE_BAND = (300, 3400)  # Hz
 PIECE = 5 * RATE  # a noise recording counts as its pieces of 5 s,
 PIECE_STEP = 3 * RATE  # one every 3 s
 EVAL_CROP = 300 * 160 + 240
 SHORTEST = 257  # samples that a spectrogram needs, half a window to either side being a reflection
 LABELS = {b'1': 1, b'0': 0, b'target': 1, b'nontarget': 0}  # 1: the same speaker
 CUT_SHORT = re.compile(r'^data : (\d+) \(should be (\d+)\)$', re.MULTILINE)  # in libsndfile's log
+
+
+class Codec(NamedTuple):
+    """A codec that libsndfile has: the rate of its audio, its container and its coding.
+
+    levels: the range of compression levels (0 to 1) that soundfile may be given, None for none.
+    """
+
+    rate: int
+    container: str
+    coding: str
+    levels: tuple | None = None
+
+
+TELEPHONE = {
+    'gsm': Codec(TELEPHONE_RATE, 'WAV', 'GSM610'),
+    'ulaw': Codec(TELEPHONE_RATE, 'WAV', 'ULAW'),
+    'alaw': Codec(TELEPHONE_RATE, 'WAV', 'ALAW'),
+    'ima': Codec(TELEPHONE_RATE, 'WAV', 'IMA_ADPCM'),
+    'nms16': Codec(TELEPHONE_RATE, 'WAV', 'NMS_ADPCM_16'),
+    'nms24': Codec(TELEPHONE_RATE, 'WAV', 'NMS_ADPCM_24'),
+    'g721': Codec(TELEPHONE_RATE, 'WAV', 'G721_32'),
+}
+# The levels give about 20 to 40 kbit/s of MP3 and 40 to 50 of Vorbis. Opus takes 20 ms for a crop
+# of 2 s, ten times what a telephone's codec does.
+INTERNET = {
+    'mp3': Codec(RATE, 'MP3', 'MPEG_LAYER_III', (0.5, 0.99)),
+    'vorbis': Codec(RATE, 'OGG', 'VORBIS', (0.7, 1.0)),
+}
 
 
 class train_loader(Dataset):
@@ -59,7 +90,8 @@ class train_loader(Dataset):
     not; rir_path: room impulse responses. speed_perturb: a crop has one of three speeds, equally
     likely; those at 0.9 and 1.1 are of other speakers, as the pitch moves along: labels S to
     2 S - 1 and 2 S to 3 S - 1 of a list of S speakers. augment: share of the crops that is
-    augmented. Raises BadInput where a list or folder cannot be used.
+    augmented; codec: share that then goes through a codec. Raises BadInput where a list or folder
+    cannot be used.
 
     The attribute bad_audio may be a BadAudio: it then lists each file that cannot be used, and
     another one of the speaker replaces it. Otherwise such a file is BadInput.
@@ -67,7 +99,7 @@ class train_loader(Dataset):
 
     def __init__(
         self, train_list, train_path, musan_path, rir_path, num_frames,
-        seed=0, speed_perturb=False, augment=5 / 6, **others,
+        seed=0, speed_perturb=False, augment=5 / 6, codec=0.0, **others,
     ):  # fmt: skip
         self.train_path = train_path
         self.length = num_frames * 160 + 240
@@ -76,6 +108,8 @@ class train_loader(Dataset):
         self.speeds = SPEEDS if speed_perturb else SPEEDS[:1]
         self.n_class = len(self.speeds) * len(self.speakers)
         self.augmented = augment
+        self.coded = codec
+        self.codecs = usable_codecs() if codec else {}
         self.noises = {}
         for category in NOISE_SNR:
             self.noises[category] = NoiseFiles(os.path.join(musan_path, category))
@@ -97,8 +131,11 @@ class train_loader(Dataset):
         speed = self.speeds[version]
         audio = self.read_utterance(index, math.ceil(self.length * speed / 100), rng)
         audio = change_rate(audio, speed, 100)[: self.length]
+        audio = self.augment(audio, rng)
+        if self.coded and rng.random() < self.coded:
+            audio = self.code(audio, rng)
         label = version * len(self.speakers) + int(self.labels[index])
-        return torch.from_numpy(self.augment(audio, rng)), label
+        return torch.from_numpy(audio), label
 
     def augment(self, audio, rng):
         """audio (samples,), or a share of the time in one of five ways, equally likely.
@@ -135,6 +172,17 @@ class train_loader(Dataset):
             clip *= np.float32(10 ** ((level - decibels(clip) - snr) / 20))
             mixed += clip
         return mixed
+
+    def code(self, audio, rng):
+        """audio (samples,) through a codec drawn at random, two of three times a telephone's.
+
+        Half of the telephones also limit the band.
+        """
+        group = TELEPHONE if rng.random() < 2 / 3 else INTERNET
+        codec = self.codecs[rng.choice([name for name in group if name in self.codecs])]
+        limited = codec.rate == TELEPHONE_RATE and rng.random() < 0.5
+        level = rng.uniform(*codec.levels) if codec.levels else None
+        return through_codec(audio, codec, level, limited)
 
     def path(self, index):
         """Path of an utterance's file."""
@@ -200,6 +248,64 @@ class NoiseFiles:
             yield read_crop(
                 self.paths[index], length, rng, first, PIECE, cached=True, silent_ok=True
             )
+
+
+def through_codec(audio, codec, level=None, limited=False):
+    """audio (samples,), written by a codec and read back, float32 (samples,).
+
+    level: compression level, where the codec has levels; limited: whether to leave the telephone's
+    band alone. What would clip is turned down. The codecs have no delay (a test holds that); some
+    pad the end, which is cut.
+    """
+    samples = len(audio)
+    if codec.rate != RATE:
+        audio = resample_poly(audio, 1, RATE // codec.rate)
+        if limited:
+            audio = sosfilt(telephone_filter(), audio)
+    audio = audio / max(1.0, np.abs(audio).max() / 0.99)
+
+    file = io.BytesIO()
+    options = {} if level is None else {'compression_level': level}
+    soundfile.write(
+        file, audio, codec.rate, format=codec.container, subtype=codec.coding, **options
+    )
+    file.seek(0)
+    audio, _ = soundfile.read(file, dtype='float32')
+    if codec.rate != RATE:
+        audio = resample_poly(audio, RATE // codec.rate, 1)
+    audio = audio[:samples].astype(np.float32)
+    return np.pad(audio, (0, samples - len(audio)))
+
+
+@functools.cache
+def telephone_filter():
+    """The filter of TELEPHONE_BAND at TELEPHONE_RATE, in second-order sections."""
+    return butter(4, TELEPHONE_BAND, 'bandpass', fs=TELEPHONE_RATE, output='sos')
+
+
+@functools.cache
+def usable_codecs():
+    """{name: Codec} of those of TELEPHONE and INTERNET that this libsndfile has.
+
+    Says which it lacks. Raises BadInput where it has none of a kind.
+    """
+    usable = {}
+    for group in (TELEPHONE, INTERNET):
+        lacking = []
+        for name, codec in group.items():
+            try:
+                through_codec(np.zeros(RATE, np.float32), codec, codec.levels and codec.levels[0])
+                usable[name] = codec
+            except (soundfile.SoundFileError, ValueError, TypeError):
+                lacking.append(name)
+        if len(lacking) == len(group):
+            raise BadInput(
+                f'--codec: this libsndfile ({soundfile.__libsndfile_version__}) has none of '
+                f'{", ".join(group)}; pip install --upgrade soundfile'
+            )
+        if lacking:
+            say(f'note          this libsndfile lacks the codecs {", ".join(lacking)}')
+    return usable
 
 
 def reverberate(audio, rir):

@@ -81,6 +81,8 @@ def make_parser():
     add('--rir_path', default='data/RIRS_NOISES/simulated_rirs', help='room impulse responses')
     add('--augment', type=number(float, 0, 1), default=5 / 6,
         help='share of the crops that is augmented (default: %(default).3g)')
+    add('--codec', type=number(float, 0, 1), default=0.0,
+        help='share of the crops that goes through a codec of telephones or the internet')
     add('--speed_perturb', action='store_true',
         help='a speed of 0.9, 1 or 1.1 for each crop, the changed ones as other speakers')
     add('--no_specaug', action='store_true', help='no SpecAugment')
@@ -355,6 +357,7 @@ def print_plan(system, loader, trials, args):
     encoder = sum(parameter.numel() for parameter in system.speaker_encoder.parameters())
     classes, width = system.speaker_loss.weight.shape
     clips = ', '.join(f'{len(files.paths)} {kind}' for kind, files in dataset.noises.items())
+    codecs = f'; codecs {", ".join(dataset.codecs)}' if dataset.codecs else ''
     processes = f'{process_count()} processes on ' if process_count() > 1 else ''
     paths, trial_lists = trials
     count = sum(len(one.labels) for one in trial_lists)
@@ -363,7 +366,7 @@ def print_plan(system, loader, trials, args):
         'processes\n'
         f'training      {len(dataset.speakers):,} speakers, {len(dataset):,} utterances '
         f'({args.train_list})\n'
-        f'augmentation  {clips} files, {len(dataset.rirs):,} RIRs\n'
+        f'augmentation  {clips} files, {len(dataset.rirs):,} RIRs{codecs}\n'
         f'evaluation    {count:,} trials over {len(paths):,} files ({", ".join(args.eval_list)})\n'
         f'an epoch      {len(loader):,} steps of {args.batch_size} utterances\n'
         f'parameters    {encoder:,} in the encoder, {classes * width:,} in the classifier of '
@@ -424,6 +427,9 @@ def run_identity(system, dataset, trials, args):
     identity['train_list'] = f'SHA-256 {dataset.list_sha256[:16]}'
     identity['eval_list'] = ' '.join(f'SHA-256 {one.sha256[:16]}' for one in trials[1])
     counts = [f'{len(files.paths)}/{files.pieces[-1]}' for files in dataset.noises.values()]
+    identity['codec'] = 0.0
+    if args.codec:
+        identity['codec'] = f'{args.codec} of {" ".join(dataset.codecs)}'
     identity['musan_path'] = f'files/pieces {" ".join(counts)}'
     identity['rir_path'] = f'{len(dataset.rirs)} files'
     return identity

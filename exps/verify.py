@@ -59,21 +59,31 @@ def verify(args):
     for kind, (score,) in scores.items():
         print(f'{kind} score {score:.4f}'.removeprefix('raw '))
 
-    folder = args.save_path or run_folder(args.initial_model)
-    calibration = read_calibration(folder)
+    folder, calibration, fault = find_calibration(args, checkpoint, scores)
     if calibration:
-        fault = misfit(calibration, checkpoint, scores, args)
-        if not fault:
-            decide(calibration, scores[calibration['kind']][0], args)
-            return
-        print(f'note: not decided by {folder}/calibration.json: {fault}')
+        decide(calibration, scores[calibration['kind']][0], args)
+        return
+    print(f'note: {fault}')
     decide_by_threshold(folder, checkpoint, scores['raw'][0])
 
 
-def run_folder(model):
-    """Folder of the run that a checkpoint belongs to: that of score.txt and results.json."""
-    folder = os.path.dirname(os.path.abspath(model))
-    return os.path.dirname(folder) if os.path.basename(folder) == 'model' else folder
+def find_calibration(args, checkpoint, scores):
+    """(Folder of the run of --initial_model, its calibration, '' or why that is not for scores).
+
+    The folder is --save_path, or else the one that holds score.txt and results.json.
+    """
+    folder = args.save_path
+    if not folder:
+        folder = os.path.dirname(os.path.abspath(args.initial_model))
+        if os.path.basename(folder) == 'model':
+            folder = os.path.dirname(folder)
+    calibration = read_calibration(folder)
+    if not calibration:
+        return folder, None, f'there is no calibration.json in {folder}; exps.calibrate writes it'
+    fault = misfit(calibration, checkpoint, scores, args)
+    if fault:
+        return folder, None, f'{folder}/calibration.json does not count: {fault}'
+    return folder, calibration, ''
 
 
 def misfit(calibration, checkpoint, scores, args):

@@ -43,7 +43,14 @@ from plain import (
     plain_train_step,
 )
 
-from dataLoader import make_batches, read_train_list, read_trial_lists, train_loader
+from dataLoader import (
+    make_batches,
+    read_train_list,
+    read_trial_lists,
+    through_codec,
+    train_loader,
+    usable_codecs,
+)
 from ECAPAModel import ECAPAModel, choose_device
 from exps.export import to_onnx
 from tools import as_norm, available_cpus, default_n_cpu, operating_points, score_pairs
@@ -235,6 +242,11 @@ def loader_rows(options, folder):
         measure()  # so that the worker has seen the noise, as it has in all epochs but the first
         what = f'loader, {musan}/, one worker'
         yield compare(what, 'utt/s', pace(plain), measure, least=2)
+    crop = speech_like(np.random.default_rng(0), 2.015)
+    for name, codec in usable_codecs().items():
+        level = codec.levels and codec.levels[0]
+        seconds = timed(partial(through_codec, crop, codec, level), 1, repeats=10)()
+        yield Row(f'codec {name}, a crop of 2 s', f'{1000 * seconds:.1f} ms')
 
 
 # step: an optimiser step.

@@ -1,0 +1,189 @@
+"""Writes a trial list's files as they sound elsewhere, and lists to score them.
+
+    python -m exps.conditions lists/trials.txt --audio recordings --out conditions
+    python trainECAPAModel.py --eval --initial_model MODEL --eval_list conditions/*.txt \
+        --eval_path conditions/audio --save_path exps/conditions
+
+Conditions: codecs of telephones and of the internet (those of --codec, and opus), a cut to 2 s, and
+with --musan_path and --rir_path noise, music and babble at --snr dB, and a room. clean.txt is the
+list itself. NAME.txt has both sides of its trials in a condition; NAME_cross.txt, of telephones,
+has clean enrolments and tests on the telephone. What is there already is kept, so the same command
+goes on where it was stopped; what is drawn depends on a file's name alone.
+"""
+
+import argparse
+import contextlib
+import functools
+import os
+import random
+import shutil
+
+import numpy as np
+import soundfile
+from tqdm import tqdm
+
+from dataLoader import (
+    INTERNET,
+    NOISE_CLIPS,
+    RATE,
+    TELEPHONE,
+    Codec,
+    NoiseFiles,
+    Strings,
+    decibels,
+    find_audio,
+    parallel_map,
+    read_audio,
+    read_trial_lists,
+    reverberate,
+    through_codec,
+)
+from tools import BadInput, default_n_cpu, exit_on_bad_input, number, say, write_text, write_whole
+
+CODECS = {**TELEPHONE, **INTERNET, 'opus': Codec(RATE, 'OGG', 'OPUS', (0.99, 1.0))}
+CUT = 2 * RATE  # samples of 'short'
+
+
+def main(argv=None):
+    """Writes the conditions; exit status 2, with a sentence, where that cannot be done."""
+    parser = argparse.ArgumentParser(
+        prog='python -m exps.conditions',
+        description='Write the files of a trial list in other conditions.',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add('list', help='trial list, lines `label enrolment test` or the label last')
+    add('--audio', required=True, help='folder of its paths')
+    add('--out', required=True, help='folder for audio/ and the lists')
+    add('--conditions', nargs='+', help='those wanted (default: all that the options make)')
+    add('--musan_path', help='MUSAN, for noise, music and babble')
+    add('--rir_path', help='room impulse responses, for room')
+    add('--snr', type=number(float, -20, 60), default=10.0, help='of noise, music and babble, dB')
+    add('--n_cpu', type=number(int, 0), default=default_n_cpu(), help='processes that write')
+    args = parser.parse_args(argv)
+    with exit_on_bad_input():
+        write_conditions(args)
+
+
+def write_conditions(args):
+    """Writes audio/ and the lists.
+
+    Raises BadInput for an unknown condition, a file that cannot be used, or too small a disk.
+    """
+    made = make_conditions(args)
+    names = args.conditions or list(made)
+    for name in names:
+        if name not in made:
+            raise BadInput(f'--conditions {name}: the options make {", ".join(made)}')
+    paths, (trials,) = read_trial_lists([args.list], [args.audio])
+    audio = os.path.join(args.out, 'audio')
+    jobs = []
+    for name in ['clean', *names]:
+        for path, file in zip(paths, trials.names):
+            out = os.path.join(audio, renamed(file, name))
+            if not os.path.exists(out):
+                jobs.append((name, path, out))
+    check_room(jobs, args.out)
+
+    os.makedirs(audio, exist_ok=True)
+    convert = functools.partial(write_one, {'clean': lambda samples, rng: samples, **made})
+    done = parallel_map(convert, jobs, min(args.n_cpu, len(jobs)))
+    faults = [fault for fault in tqdm(done, 'writing', len(jobs), disable=None) if fault]
+    if faults:
+        raise BadInput('\n'.join([f'{len(faults)} files cannot be used, the first:', *faults[:20]]))
+
+    lists = {'clean': ('clean', 'clean')}
+    for name in names:
+        lists[name] = (name, name)
+        if name in TELEPHONE:
+            lists[f'{name}_cross'] = ('clean', name)
+    for name, sides in lists.items():
+        write_list(os.path.join(args.out, f'{name}.txt'), trials, sides)
+    say(f'{args.out}: {len(lists)} lists, {", ".join(lists)}')
+
+
+def make_conditions(args):
+    """{name: function(samples, random.Random) -> samples} of what the options make."""
+    conditions = {}
+    for name, codec in CODECS.items():
+        conditions[name] = functools.partial(coded, codec)
+    conditions['short'] = cut
+    if args.musan_path:
+        for name, category in (('noise', 'noise'), ('music', 'music'), ('babble', 'speech')):
+            files = NoiseFiles(os.path.join(args.musan_path, category))
+            conditions[name] = functools.partial(mixed, files, category, args.snr)
+    if args.rir_path:
+        rirs = Strings(find_audio(args.rir_path, '--rir_path'))
+        conditions['room'] = functools.partial(in_room, rirs)
+    return conditions
+
+
+def coded(codec, samples, rng):
+    """samples through a codec; a telephone's with its band, at the lowest rates of the others."""
+    return through_codec(samples, codec, codec.levels and codec.levels[1], codec.rate != RATE)
+
+
+def cut(samples, rng):
+    """2 s of samples, from a place drawn at random."""
+    start = rng.randint(0, max(0, len(samples) - CUT))
+    return samples[start : start + CUT]
+
+
+def mixed(files, category, snr, samples, rng):
+    """samples plus noise, as many clips as in training, which are snr dB below in all."""
+    clips = list(files.draw(rng, len(samples), rng.randint(*NOISE_CLIPS[category])))
+    noise = np.sum(clips, axis=0)
+    return samples + noise * np.float32(10 ** ((decibels(samples) - decibels(noise) - snr) / 20))
+
+
+def in_room(rirs, samples, rng):
+    """samples in a room drawn at random."""
+    return reverberate(samples, read_audio(rirs[rng.randrange(len(rirs))]))
+
+
+def write_one(conditions, job):
+    """Writes a file in a condition, 16 bits; returns what is wrong with it, '' for nothing."""
+    name, path, out = job
+    try:
+        samples = read_audio(path)
+        samples = conditions[name](samples, random.Random(f'{name} {os.path.basename(out)}'))
+    except BadInput as error:
+        return str(error)
+    samples = samples / max(1.0, np.abs(samples).max() / 0.99)
+    os.makedirs(os.path.dirname(out), exist_ok=True)
+    write_whole(out, lambda file: soundfile.write(file, samples, RATE, 'PCM_16', format='WAV'))
+    return ''
+
+
+def renamed(file, name):
+    """The path of a file in a condition; its first folder stays, which is the speaker."""
+    return f'{os.path.splitext(file)[0]}.{name}.wav'
+
+
+def check_room(jobs, out):
+    """Says what the disk needs; BadInput where it has less."""
+    needed = 0
+    for _, path, _ in jobs:
+        with contextlib.suppress(OSError):
+            # FLAC takes about half of the wav that is written.
+            needed += os.path.getsize(path) * (2 if path.endswith('.flac') else 1)
+    folder = os.path.abspath(out)
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    free = shutil.disk_usage(folder).free
+    say(f'{len(jobs):,} files to write, about {needed / 1e6:,.0f} MB; {free / 1e9:.1f} GB are free')
+    if needed > free:
+        raise BadInput(f'--out {out}: the disk is too small')
+
+
+def write_list(path, trials, sides):
+    """Writes a trial list with the files of either side in a condition."""
+    lines = []
+    for label, pair in zip(trials.labels, trials.pairs):
+        files = [renamed(trials.names[row], name) for row, name in zip(pair, sides)]
+        lines.append(f'{label} {files[0]} {files[1]}\n')
+    write_text(path, ''.join(lines))
+
+
+if __name__ == '__main__':
+    main()

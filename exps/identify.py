@@ -1,0 +1,155 @@
+"""Says for recordings which of the people enrolled it is, or nobody.
+
+    python -m exps.identify recordings/ --people people --initial_model MODEL --out who.csv
+
+People are folders, people/NAME/*.wav, or a list with lines `name recording...`. With the
+calibration.json of the experiment (exps.calibrate) the probability of each person, and of nobody,
+follows from the likelihood ratios of the scores: P(k) is proportional to pi / K * LR_k, P(nobody)
+to 1 - pi, with pi the prior of a person enrolled (--p_enrolled). Without one there are scores, and
+they decide nothing. Any format that soundfile reads will do.
+"""
+
+import argparse
+import csv
+import io
+import os
+import sys
+
+import numpy as np
+from scipy.special import softmax
+
+from dataLoader import choose_normalisation, find_audio, model_fault, read_list, split_lines
+from ECAPAModel import load_cohort, load_model_of
+from exps.embed import list_files
+from exps.verify import find_calibration
+from tools import (
+    BadInput,
+    add_scoring_options,
+    exit_on_bad_input,
+    number,
+    score_kinds,
+    sha256,
+    write_text,
+)
+
+NOBODY = 'nobody'
+
+
+def main(argv=None):
+    """Writes who is who; exit status 2, with a sentence, where that cannot be done."""
+    parser = argparse.ArgumentParser(
+        prog='python -m exps.identify',
+        description='Name the people in recordings.',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add('files', help='folder of recordings, or a list with a path a line')
+    add('--people', required=True, help='folder of NAME/*.wav, or lines `name recording...`')
+    add('--out', help='CSV to write (default: printed)')
+    add('--p_enrolled', type=number(float, 1e-6, 1 - 1e-6), default=0.5, help='prior: is enrolled')
+    add('--save_path', help='folder of calibration.json; default: that of the run')
+    add_scoring_options(parser)
+    args = parser.parse_args(argv)
+    with exit_on_bad_input():
+        identify(args)
+
+
+def identify(args):
+    """Prints or writes a line for each recording: file, name, probability, second, score."""
+    if args.out and os.path.exists(args.out):
+        raise BadInput(f'--out {args.out} is there already; remove it or choose another name')
+    people = read_people(args.people)
+    files = list_files(args.files)
+    system, checkpoint = load_model_of(args)
+    normalisation = choose_normalisation(args)
+    cohort = load_cohort(system, checkpoint, normalisation[0])
+    scores = score_people(system, people, files, cohort, *normalisation[1:])
+    _, calibration, fault = find_calibration(args, checkpoint, scores)
+    if fault:
+        print(f'note: scores alone, which decide nothing: {fault}', file=sys.stderr)
+    kind = calibration['kind'] if calibration else 'raw'
+
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator='\n')
+    rows.writerow(['file', 'name', 'probability', 'second', 'score'])
+    for file, row in zip(files, scores[kind]):
+        rows.writerow([file, *decide(list(people), row, calibration, args.p_enrolled)])
+    if args.out:
+        write_text(args.out, text.getvalue())
+        print(f'{args.out}: {len(files):,} recordings, {len(people):,} people')
+    else:
+        print(text.getvalue(), end='')
+
+
+def score_people(system, people, files, cohort, top_n, subtract_mean):
+    """{kind: scores (files, people)} of all files against all people.
+
+    A person is the mean of the embeddings of the recordings.
+    """
+    recordings = [recording for each in people.values() for recording in each]
+    ends = np.cumsum([len(each) for each in people.values()])
+    embeddings = system.embed_files([*recordings, *files], any_format=True)
+    parts = np.split(embeddings[: ends[-1]], ends[:-1])
+    models = np.stack([part.mean(axis=0) for part in parts])
+    vectors = np.concatenate([models, embeddings[ends[-1] :]])
+    rows, columns = np.divmod(np.arange(len(files) * len(people)), len(people))
+    pairs = np.stack([columns, len(people) + rows], axis=1)
+    scores = score_kinds(vectors, pairs, cohort, top_n, subtract_mean)
+    return {kind: values.reshape(len(files), -1) for kind, values in scores.items()}
+
+
+def decide(names, scores, calibration, p_enrolled):
+    """(Name, probability, second best, score) of a recording with scores (K,) against K people.
+
+    Without a calibration there is no probability, and nobody is never the answer.
+    """
+    score = f'{scores.max():.4f}'
+    if not calibration:
+        ranked = [names[k] for k in np.argsort(-scores)]
+        return ranked[0], '', ranked[1] if len(ranked) > 1 else '', score
+    ratios = calibration['weight'] * scores + calibration['bias']
+    logits = np.append(np.log(p_enrolled / len(names)) + ratios, np.log(1 - p_enrolled))
+    posterior = softmax(logits)
+    best, second = np.argsort(-posterior)[:2]
+    labels = [*names, NOBODY]
+    return labels[best], f'{posterior[best]:.4f}', labels[second], score
+
+
+def read_people(path):
+    """{name: recordings} of a folder of folders, or of a list. BadInput for what cannot be."""
+    people = {}
+    if os.path.isdir(path):
+        for name in sorted(os.listdir(path)):
+            if os.path.isdir(os.path.join(path, name)):
+                people[name] = find_audio(os.path.join(path, name), '--people', any_format=True)
+    else:
+        lines = split_lines(read_list(path, '--people'), path, '--people', model_fault)
+        for name, *recordings in lines:
+            paths = [os.fsdecode(recording) for recording in recordings]
+            people.setdefault(os.fsdecode(name), []).extend(paths)
+    if not people:
+        raise BadInput(f'--people {path}: has no folder of a person')
+    if NOBODY in people:
+        raise BadInput(f'--people {path}: a person cannot be called {NOBODY}')
+    refuse_shared(people)
+    return people
+
+
+def refuse_shared(people):
+    """Raises BadInput where two people have a recording of the same bytes."""
+    owners = {}
+    for name, recordings in people.items():
+        for recording in recordings:
+            if not os.path.isfile(recording):
+                raise BadInput(f'--people: {recording}: no such file')
+            with open(recording, 'rb') as file:
+                content = sha256(file.read())
+            owner, other = owners.setdefault(content, (name, recording))
+            if owner != name:
+                raise BadInput(
+                    f'--people: {name} and {owner} share a recording: {recording}, {other}'
+                )
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,290 @@
+"""Out in the world: codecs in training, conditions of a list, and who of these people it is."""
+
+import csv
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import command_line, make_system, trial_lines, wave, write_wav
+from scipy.stats import chisquare
+
+import dataLoader
+import trainECAPAModel
+from dataLoader import INTERNET, TELEPHONE, Codec, through_codec, train_loader, usable_codecs
+from ECAPAModel import load_model
+from exps import conditions, identify
+from tools import BadInput
+
+ALL = {**TELEPHONE, **INTERNET}
+
+
+def delay(a, b):
+    """How many samples b comes later than a, by the largest correlation."""
+    spectrum = np.fft.rfft(b, 2 * len(a)) * np.fft.rfft(a, 2 * len(a)).conj()
+    lag = int(np.argmax(np.fft.irfft(spectrum)))
+    return lag if lag < len(a) else lag - 2 * len(a)
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_a_codec_keeps_length_level_and_place(name):
+    codec = usable_codecs()[name]
+    level = codec.levels and codec.levels[1]
+    for samples in (1, 257, 8001, 32240):
+        audio = 0.5 * wave(3, samples)
+        coded = through_codec(audio, codec, level)
+        assert coded.shape == audio.shape
+        assert coded.dtype == np.float32
+    assert abs(delay(audio, coded)) <= 1
+    assert np.corrcoef(audio, coded)[0, 1] > 0.8
+    assert not np.array_equal(audio, coded)
+
+
+def test_a_loud_crop_is_turned_down_and_not_clipped():
+    audio = 3 * wave(3, 16000) / np.abs(wave(3, 16000)).max()
+    coded = through_codec(audio, TELEPHONE['ulaw'])
+    assert np.abs(coded).max() < 1.2
+    quiet = through_codec(audio / 100, TELEPHONE['ulaw'])
+    assert np.corrcoef(coded, quiet)[0, 1] > 0.99
+
+
+def test_a_telephone_has_its_band():
+    noise = 0.1 * np.random.default_rng(0).standard_normal(32000)
+    spectrum = np.abs(np.fft.rfft(through_codec(noise, TELEPHONE['alaw'], limited=True)))
+    hertz = np.fft.rfftfreq(32000, 1 / 16000)
+    inside = spectrum[(hertz > 500) & (hertz < 3000)].mean()
+    assert spectrum[hertz < 100].mean() < 0.05 * inside
+    assert spectrum[hertz > 4500].mean() < 0.05 * inside
+
+
+def training_options(tree):
+    names = ('train_list', 'train_path', 'musan_path', 'rir_path')
+    return {name: tree[name] for name in names}
+
+
+@pytest.mark.parametrize('share', [0, 0.3, 1])
+def test_the_share_of_coded_crops(tree, monkeypatch, share):
+    names = {codec: name for name, codec in ALL.items()}
+    drawn = []
+
+    def watched(audio, codec, level, limited):
+        drawn.append((names[codec], limited))
+        return audio
+
+    dataset = train_loader(**training_options(tree), num_frames=20, augment=0, codec=share)
+    monkeypatch.setattr(dataLoader, 'through_codec', watched)
+    for epoch in range(100):
+        for index in range(12):
+            dataset[epoch, index]
+    if share in (0, 1):
+        assert len(drawn) == 1200 * share
+    else:
+        assert chisquare([len(drawn), 1200 - len(drawn)], [360, 840]).pvalue > 0.001
+    if share:
+        telephone = [limited for name, limited in drawn if name in TELEPHONE]
+        others = [limited for name, limited in drawn if name in INTERNET]
+        expected = [len(drawn) * 2 / 3, len(drawn) / 3]
+        assert chisquare([len(telephone), len(others)], expected).pvalue > 0.001
+        limited = [sum(telephone), len(telephone) - sum(telephone)]
+        assert chisquare(limited).pvalue > 0.001
+        assert not any(others)
+        assert {name for name, _ in drawn} == set(ALL)
+
+
+def test_a_coded_crop_depends_on_seed_epoch_and_index_alone(tree):
+    options = training_options(tree)
+    first = train_loader(**options, num_frames=20, codec=0.5, seed=1)
+    again = train_loader(**options, num_frames=20, codec=0.5, seed=1)
+    plain = train_loader(**options, num_frames=20, seed=1)
+    same = []
+    for index in range(12):
+        assert torch.equal(first[2, index][0], again[2, index][0])
+        same.append(torch.equal(first[2, index][0], plain[2, index][0]))
+    assert 0 < sum(same) < 12, 'a crop that no codec took is as without the option'
+
+
+def test_the_option_is_part_of_the_run(tree, capsys, short_crops):
+    options = {**tree, 'C': 8, 'num_frames': 20, 'batch_size': 4, 'n_cpu': 0, 'device': 'cpu'}
+    trainECAPAModel.main(command_line(**options, max_epoch=1, codec=0.3))
+    assert 'codecs gsm, ulaw' in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        trainECAPAModel.main(command_line(**options, max_epoch=2))
+    assert stop.value.code == 2
+    assert '--codec 0.0 (was 0.3 of gsm' in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        trainECAPAModel.main(command_line(**options, max_epoch=2, codec=1.5))
+    assert stop.value.code == 2
+
+
+def test_codecs_that_libsndfile_lacks_are_said_at_the_start(monkeypatch, capsys):
+    unknown = Codec(8000, 'WAV', 'NO_SUCH_CODING')
+    monkeypatch.setitem(dataLoader.TELEPHONE, 'gsm', unknown)
+    usable_codecs.cache_clear()
+    assert 'gsm' not in usable_codecs()
+    assert 'lacks the codecs gsm' in capsys.readouterr().out
+    for name in INTERNET:
+        monkeypatch.setitem(dataLoader.INTERNET, name, unknown)
+    usable_codecs.cache_clear()
+    with pytest.raises(BadInput, match='has none of mp3, vorbis'):
+        usable_codecs()
+    usable_codecs.cache_clear()
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Folder of five speakers' recordings, four of each, and a list of all their trials."""
+    names = [f'id{speaker}/a/{number}.wav' for speaker in range(5) for number in range(4)]
+    for number, name in enumerate(names):
+        audio = wave(number // 4, 40000 + 500 * number)[100 * number :]
+        write_wav(tmp_path / 'corpus/audio' / name, audio, subtype='PCM_16')
+    (tmp_path / 'corpus/trials.txt').write_text(trial_lines(names))
+    return tmp_path / 'corpus'
+
+
+def test_conditions_of_a_list(corpus, tree, capsys):
+    arguments = [str(corpus / 'trials.txt'), '--audio', str(corpus / 'audio'), '--n_cpu', '0']
+    places = ['--musan_path', tree['musan_path'], '--rir_path', tree['rir_path']]
+    wanted = ['gsm', 'mp3', 'noise', 'room', 'short']
+    for out in ('one', 'two'):
+        options = ['--out', str(corpus / out), '--conditions', *wanted]
+        conditions.main([*arguments, *places, *options])
+    assert '120 files to write' in capsys.readouterr().out
+    lists = sorted(path.name for path in (corpus / 'one').glob('*.txt'))
+    assert lists == sorted(f'{name}.txt' for name in ['clean', *wanted, 'gsm_cross'])
+    original = [line.split() for line in (corpus / 'trials.txt').read_text().splitlines()]
+    cross = [line.split() for line in (corpus / 'one/gsm_cross.txt').read_text().splitlines()]
+    assert cross[0][1:] == [original[0][1][:-3] + 'clean.wav', original[0][2][:-3] + 'gsm.wav']
+    assert [line[0] for line in cross] == [line[0] for line in original]
+
+    files = sorted((corpus / 'one/audio').rglob('*.wav'))
+    assert len(files) == 20 * 6
+    for path in files:
+        same = corpus / 'two/audio' / path.relative_to(corpus / 'one/audio')
+        assert path.read_bytes() == same.read_bytes(), 'drawn by the name of the file alone'
+    clean, _ = soundfile.read(corpus / 'one/audio/id0/a/0.clean.wav')
+    noisy, _ = soundfile.read(corpus / 'one/audio/id0/a/0.noise.wav')
+    noise = noisy - clean
+    assert 10 * np.log10(np.sum(clean**2) / np.sum(noise**2)) == pytest.approx(10, abs=0.5)
+    assert soundfile.info(corpus / 'one/audio/id0/a/0.short.wav').frames == 32000
+
+    # What is there is kept.
+    kept = corpus / 'one/audio/id0/a/0.gsm.wav'
+    before = kept.stat().st_mtime_ns
+    (corpus / 'one/audio/id0/a/1.gsm.wav').unlink()
+    conditions.main([*arguments, *places, '--out', str(corpus / 'one'), '--conditions', *wanted])
+    assert '1 files to write' in capsys.readouterr().out
+    assert kept.stat().st_mtime_ns == before
+    with pytest.raises(SystemExit) as stop:
+        conditions.main([*arguments, '--out', str(corpus / 'x'), '--conditions', 'fax'])
+    assert stop.value.code == 2
+    assert '--conditions fax: the options make gsm' in capsys.readouterr().err
+    assert not (corpus / 'x').exists()
+
+
+@pytest.fixture
+def model(corpus):
+    """A checkpoint of random weights in the folder of a run."""
+    torch.manual_seed(1)
+    path = corpus / 'exp/model/model_0001.model'
+    path.parent.mkdir(parents=True)
+    make_system().save_parameters(path)
+    return str(path)
+
+
+def people_of(corpus):
+    """Folder of three people, three recordings each."""
+    for speaker in range(3):
+        for number in range(3):
+            source = corpus / f'audio/id{speaker}/a/{number}.wav'
+            write_wav(corpus / f'people/p{speaker}/{number}.wav', soundfile.read(source)[0])
+    return str(corpus / 'people')
+
+
+def run_identify(corpus, model, *flags):
+    """Rows of the CSV for the recordings that nobody was enrolled by."""
+    out = corpus / f'{random.random()}.csv'
+    names = [f'{corpus}/audio/id{speaker}/a/3.wav' for speaker in range(5)]
+    (corpus / 'files.txt').write_text('\n'.join(names))
+    arguments = [str(corpus / 'files.txt'), '--people', people_of(corpus), '--out', str(out)]
+    options = command_line(initial_model=model, device='cpu', n_cpu=0)
+    identify.main([*arguments, *options, *flags])
+    with open(out, newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def slow_scores(corpus, model):
+    """Score of each recording with each person, (5, 3), by loops."""
+    system = load_model(model, device='cpu')
+    scores = np.empty((5, 3))
+    for speaker in range(5):
+        ((whole, crops),) = system.embed_files([f'{corpus}/audio/id{speaker}/a/3.wav'])
+        for person in range(3):
+            paths = [f'{corpus}/people/p{person}/{number}.wav' for number in range(3)]
+            enrolled = system.embed_files(paths, any_format=True).mean(axis=0)
+            cosine = whole @ enrolled[0] / np.linalg.norm(enrolled[0])
+            scores[speaker, person] = 0.5 * cosine + 0.5 * crops @ enrolled[1]
+    return scores
+
+
+def test_without_a_calibration_there_are_scores_and_a_note(corpus, model, capsys):
+    rows = run_identify(corpus, model)
+    assert 'scores alone, which decide nothing' in capsys.readouterr().err
+    scores = slow_scores(corpus, model)
+    for row, expected in zip(rows, scores):
+        assert row['name'] == f'p{expected.argmax()}'
+        assert float(row['score']) == pytest.approx(expected.max(), abs=1e-4)
+        assert row['probability'] == ''
+
+
+@pytest.mark.parametrize('prior', [0.1, 0.5, 0.9])
+def test_the_posterior_is_that_of_the_definition(corpus, model, prior):
+    sha256 = dataLoader.sha256(Path(model).read_bytes())
+    calibration = {
+        'kind': 'raw',
+        'weight': 60.0,
+        'bias': -55.0,
+        'threshold': {'false_acceptances': 1, 'ratio': 2.0},
+        'list': {'path': 'dev.txt', 'sha256': '', 'trials': 100},
+        'checkpoint': {'path': model, 'sha256': sha256},
+        'options': {},
+    }
+    (corpus / 'exp/calibration.json').write_text(json.dumps(calibration))
+    rows = run_identify(corpus, model, '--p_enrolled', str(prior))
+    for row, scores in zip(rows, slow_scores(corpus, model)):
+        weights = {f'p{k}': prior / 3 * np.exp(60 * score - 55) for k, score in enumerate(scores)}
+        weights['nobody'] = 1 - prior
+        total = sum(weights.values())
+        best, second = sorted(weights, key=weights.get, reverse=True)[:2]
+        assert (row['name'], row['second']) == (best, second)
+        assert float(row['probability']) == pytest.approx(weights[best] / total, abs=0.01)
+
+
+def test_people_that_cannot_be_enrolled_are_refused(corpus, model, capsys):
+    people = people_of(corpus)
+    arguments = [str(corpus / 'audio'), *command_line(initial_model=model, device='cpu', n_cpu=0)]
+
+    def refusal(people):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            identify.main([*arguments, '--people', str(people)])
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    os.makedirs(corpus / 'people/empty')
+    assert 'no ' in refusal(people) and 'empty' in refusal(people)
+    os.rmdir(corpus / 'people/empty')
+    write_wav(corpus / 'people/silent/0.wav', np.zeros(16000))
+    assert 'is silent' in refusal(people)
+    (corpus / 'people/silent/0.wav').unlink()
+    (corpus / 'people/silent').rmdir()
+    shared = corpus / 'people/p1/copy.wav'
+    shared.write_bytes((corpus / 'people/p0/0.wav').read_bytes())
+    assert 'p1 and p0 share a recording' in refusal(people)
+    (corpus / 'list.txt').write_text(f'anna {corpus}/people/p0/0.wav\nberta\n')
+    assert 'list.txt, line 2' in refusal(corpus / 'list.txt')
+    (corpus / 'list.txt').write_text('anna nowhere.wav\n')
+    assert 'nowhere.wav: no such file' in refusal(corpus / 'list.txt')
