@@ -15,6 +15,12 @@ from tools import read_scores
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 
 
+@pytest.fixture
+def without_tf32(monkeypatch):
+    """What the command does for --precision exact."""
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+
+
 def batch(device):
     """Sixteen waveforms with labels."""
     waves = torch.from_numpy(np.stack([wave(i, 16240) for i in range(16)]))
@@ -28,7 +34,7 @@ def loss_and_gradient(system):
     return loss.item(), torch.cat([p.grad.cpu().flatten() for p in system.parameters()])
 
 
-def test_losses_and_gradients_are_those_of_a_cpu():
+def test_losses_and_gradients_are_those_of_a_cpu(without_tf32):
     expected, gradient = loss_and_gradient(portable_system(64))
     system = portable_system(64, device='cuda', precision='exact')
     loss, gradient_on_gpu = loss_and_gradient(system)
@@ -48,7 +54,7 @@ def test_bfloat16_is_the_default_and_close():
     assert torch.cosine_similarity(gradient_on_gpu, gradient, dim=0) > 0.9
 
 
-def test_embeddings_are_those_of_a_cpu(tmp_path, monkeypatch):
+def test_embeddings_are_those_of_a_cpu(tmp_path, monkeypatch, without_tf32):
     monkeypatch.setattr('ECAPAModel.BATCH_FRAMES', 800)  # two share a batch
     monkeypatch.setattr('ECAPAModel.LONGEST', 300000)  # the longest is embedded in parts
     monkeypatch.setattr('ECAPAModel.WINDOW_FRAMES', 2000)
@@ -96,7 +102,7 @@ def test_the_batch_norm_of_several_processes():
 
 
 @pytest.mark.slow
-def test_compiled_steps_have_the_same_losses():
+def test_compiled_steps_have_the_same_losses(without_tf32):
     losses = []
     for compiled in (False, True):
         system = portable_system(64, device='cuda', precision='exact', compile=compiled).train()
