@@ -3,10 +3,9 @@
     python -m exps.identify recordings/ --people people --initial_model MODEL --out who.csv
 
 People are folders, people/NAME/*.wav, or a list with lines `name recording...`. With the
-calibration.json of the experiment (exps.calibrate) the probability of each person, and of nobody,
-follows from the likelihood ratios of the scores: P(k) is proportional to pi / K * LR_k, P(nobody)
-to 1 - pi, with pi the prior of a person enrolled (--p_enrolled). Without one there are scores, and
-they decide nothing. Any format that soundfile reads will do.
+calibration.json of the experiment (exps.calibrate) the probability P(k) of person k is proportional
+to pi / K * LR_k, that of nobody to 1 - pi; pi is the prior of an enrolled person (--p_enrolled).
+Without one there are scores, and they decide nothing. Any format that soundfile reads will do.
 """
 
 import argparse
@@ -74,18 +73,15 @@ def identify(args):
     rows.writerow(['file', 'name', 'probability', 'second', 'score'])
     for file, row in zip(files, scores[kind]):
         rows.writerow([file, *decide(list(people), row, calibration, args.p_enrolled)])
-    if args.out:
-        write_text(args.out, text.getvalue())
-        print(f'{args.out}: {len(files):,} recordings, {len(people):,} people')
-    else:
+    if not args.out:
         print(text.getvalue(), end='')
+        return
+    write_text(args.out, text.getvalue())
+    print(f'{args.out}: {len(files):,} recordings, {len(people):,} people')
 
 
 def score_people(system, people, files, cohort, top_n, subtract_mean):
-    """{kind: scores (files, people)} of all files against all people.
-
-    A person is the mean of the embeddings of the recordings.
-    """
+    """{kind: scores (files, people)}; a person is the mean of the recordings' embeddings."""
     recordings = [recording for each in people.values() for recording in each]
     ends = np.cumsum([len(each) for each in people.values()])
     embeddings = system.embed_files([*recordings, *files], any_format=True)
@@ -105,13 +101,13 @@ def decide(names, scores, calibration, p_enrolled):
     """
     score = f'{scores.max():.4f}'
     if not calibration:
-        ranked = [names[k] for k in np.argsort(-scores)]
-        return ranked[0], '', ranked[1] if len(ranked) > 1 else '', score
+        ranked = [names[k] for k in np.argsort(-scores)] + ['']
+        return ranked[0], '', ranked[1], score
     ratios = calibration['weight'] * scores + calibration['bias']
     logits = np.append(np.log(p_enrolled / len(names)) + ratios, np.log(1 - p_enrolled))
     posterior = softmax(logits)
-    best, second = np.argsort(-posterior)[:2]
     labels = [*names, NOBODY]
+    best, second = np.argsort(-posterior)[:2]
     return labels[best], f'{posterior[best]:.4f}', labels[second], score
 
 
@@ -140,15 +136,12 @@ def refuse_shared(people):
     owners = {}
     for name, recordings in people.items():
         for recording in recordings:
-            if not os.path.isfile(recording):
-                raise BadInput(f'--people: {recording}: no such file')
             with open(recording, 'rb') as file:
                 content = sha256(file.read())
             owner, other = owners.setdefault(content, (name, recording))
             if owner != name:
-                raise BadInput(
-                    f'--people: {name} and {owner} share a recording: {recording}, {other}'
-                )
+                both = f'{recording}, {other}'
+                raise BadInput(f'--people: {name} and {owner} share a recording: {both}')
 
 
 if __name__ == '__main__':
