@@ -14,8 +14,8 @@ Runs that differ in --seed alone, by their options.txt, are one experiment: the 
 highest of their seeds are shown, and an interval that holds both sources of chance, as a replicate
 draws one of the seeds besides the speakers.
 
-Where matplotlib is installed, training curves are drawn, EERs with their intervals, and DET curves
-of the scores that --eval wrote, one picture a list.
+Where matplotlib is installed, training curves are drawn and, of the scores that --eval wrote, EERs
+with their intervals and DET curves, one picture a list, and the EERs of all lists in one picture.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def main(argv=None):
     add = parser.add_argument
     add('scores', nargs='+', help='score.txt or results.json files of experiments')
     add('--baseline', help='experiment that the others are compared with (default: the first)')
-    add('--out', default='exps', help='folder of the pictures curves, eer_LIST and det_LIST')
+    add('--out', default='exps', help='folder of the pictures curves, eer, eer_LIST and det_LIST')
     add('--markdown', action='store_true', help='print the tables as Markdown')
     args = parser.parse_args(argv)
     with exit_on_bad_input():
@@ -350,20 +350,24 @@ def draw_all(experiments, samples, folder):
         return
     curves = {name: each.epochs for name, each in experiments.items() if each.epochs}
     draw.draw_curves(os.path.join(folder, 'curves.png'), curves)
-    bars = {}
     verification = {}
+    by_experiment = {}
+    by_list = {}
     for (_, path, kind), by_name in samples.items():
         for name, sample in by_name.items():
             label = f'{name}, {kind}'
             verification.setdefault(path, {})[label] = sample.scores, sample.labels
             if sample.replicates is not None:
                 eers = [figures['EER']['value'] for figures in sample.figures]
-                interval = interval_of(sample.replicates[:, 0])
-                bars.setdefault(path, {})[label] = np.mean(eers), interval
+                bar = np.mean(eers), interval_of(sample.replicates[:, 0])
+                by_experiment.setdefault(path, {})[label] = {path: bar}
+                by_list.setdefault(path, {})[label] = bar
     for path, curve in verification.items():
         draw.draw_det(os.path.join(folder, f'det_{path}.png'), curve)
-    for path, rows in bars.items():
+    for path, rows in by_experiment.items():
         draw.draw_intervals(os.path.join(folder, f'eer_{path}.png'), rows)
+    if len(by_list) > 1:
+        draw.draw_intervals(os.path.join(folder, 'eer.png'), by_list)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""The pictures of `python -m exps.compare`: training curves and DET curves. Needs matplotlib."""
+"""The pictures of `python -m exps.compare`: curves, intervals, DET curves. Needs matplotlib."""
 
 import os
 
@@ -84,17 +84,31 @@ def plot_det(axes, name, scores, labels):
 
 
 def draw_intervals(path, rows):
-    """Draws EERs with bars of their intervals, {name: (EER, (low, high))} in percent, to a PNG."""
-    size = (7, 1 + 0.4 * len(rows))
+    """Draws EERs with bars of their intervals to a PNG.
+
+    rows: {row: {series: (EER, (low, high))}} in percent. A series has its colour in all rows.
+    """
+    every_series = list(dict.fromkeys(name for bars in rows.values() for name in bars))
+    size = (7, 1 + (0.25 + 0.15 * len(every_series)) * len(rows))
     figure, axes = pyplot.subplots(figsize=size, layout='constrained')
-    for height, (eer, (low, high)) in enumerate(rows.values()):
-        axes.plot([low, high], [height, height], '-', color='C0', linewidth=3, alpha=0.5)
-        axes.plot(eer, height, 'o', color='C0')
+    for number, name in enumerate(every_series):
+        colour = f'C{number}'
+        shift = (number - (len(every_series) - 1) / 2) * 0.7 / len(every_series)
+        for row, bars in enumerate(rows.values()):
+            if name in bars:
+                eer, interval = bars[name]
+                heights = [row + shift, row + shift]
+                axes.plot(interval, heights, '-', color=colour, linewidth=3, alpha=0.5)
+                axes.plot(eer, row + shift, 'o', color=colour, markersize=4)
+        # An empty line of that colour, for the legend.
+        axes.plot([], [], 'o-', color=colour, label=name)
+
     axes.set_yticks(range(len(rows)), list(rows))
     axes.invert_yaxis()
-    title = os.path.basename(path)[len('eer_') : -len('.png')]
-    axes.set(title=title, xlabel='EER (%) and its interval of 95 %')
+    axes.set(xlabel='EER (%) and its interval of 95 %')
     axes.grid(alpha=0.3)
+    if len(every_series) > 1:
+        axes.legend()
     save(figure, path)
 
 
@@ -103,4 +117,5 @@ def save(figure, path):
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     write_whole(path, lambda file: figure.savefig(file, format='png', dpi=120))
+    pyplot.close(figure)
     print(f'drawn: {path}')

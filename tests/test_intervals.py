@@ -241,3 +241,33 @@ def test_runs_that_differ_in_the_seed_alone_are_one_experiment(six, tmp_path, ca
     assert low == pytest.approx(pooled[0], abs=0.05 * np.ptp(pooled) + 0.01)
     assert high == pytest.approx(pooled[1], abs=0.05 * np.ptp(pooled) + 0.01)
     assert tables[3].splitlines()[1].startswith('other')
+
+
+def test_the_lists_are_drawn_side_by_side(tmp_path, monkeypatch):
+    pytest.importorskip('matplotlib')
+    from exps import draw
+
+    labels = np.array([1, 1, 0, 0])
+    scores = np.array([4.0, 2.0, 3.0, 1.0])
+    samples = {}
+    for path, eer in (('clean', 2.0), ('gsm', 8.0)):
+        replicates = np.tile(eer + np.linspace(-1, 1, 1001)[:, None], 3)
+        by_name = {}
+        for name in ('small', 'phone'):
+            by_name[name] = compare.Sample([{'EER': {'value': eer}}], replicates, scores, labels)
+        samples[path, path, 'raw'] = by_name
+    experiments = {'small': compare.Experiment('', [[1, 0.001, 1.0, 50.0, 8.0, 8.0]], {})}
+    compare.draw_all(experiments, samples, tmp_path)
+    names = {path.name for path in tmp_path.iterdir()} - {'curves.png'}
+    assert names == {'eer.png', 'eer_clean.png', 'eer_gsm.png', 'det_clean.png', 'det_gsm.png'}
+
+    drawn = {}
+    monkeypatch.setattr(draw, 'draw_intervals', lambda path, rows: drawn.update({path: rows}))
+    compare.draw_all(experiments, samples, tmp_path)
+    rows = drawn[str(tmp_path / 'eer.png')]
+    assert list(rows) == ['clean', 'gsm']
+    for path, eer in (('clean', 2.0), ('gsm', 8.0)):
+        for name in ('small', 'phone'):
+            value, interval = rows[path][f'{name}, raw']
+            assert value == eer
+            assert interval == pytest.approx((eer - 0.95, eer + 0.95))
