@@ -574,6 +574,9 @@ def resume(system, folder, identity, force=False):
         return None, []
 
     saved_identity = state.get('identity', {})
+    if saved_identity:
+        # Runs that began before there was --codec had none.
+        saved_identity = {'codec': 0.0, **saved_identity}
     changes = []
     for name, value in identity.items():
         saved = saved_identity.get(name, value)

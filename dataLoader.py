@@ -293,10 +293,9 @@ def usable_codecs():
     for group in (TELEPHONE, INTERNET):
         lacking = []
         for name, codec in group.items():
-            try:
-                through_codec(np.zeros(RATE, np.float32), codec, codec.levels and codec.levels[0])
+            if is_usable(codec):
                 usable[name] = codec
-            except (soundfile.SoundFileError, ValueError, TypeError):
+            else:
                 lacking.append(name)
         if len(lacking) == len(group):
             raise BadInput(
@@ -306,6 +305,15 @@ def usable_codecs():
         if lacking:
             say(f'note          this libsndfile lacks the codecs {", ".join(lacking)}')
     return usable
+
+
+def is_usable(codec):
+    """Whether this libsndfile has a Codec."""
+    try:
+        through_codec(np.zeros(RATE, np.float32), codec, codec.levels and codec.levels[0])
+    except (soundfile.SoundFileError, ValueError, TypeError):
+        return False
+    return True
 
 
 def reverberate(audio, rir):

@@ -4,16 +4,18 @@
     python trainECAPAModel.py --eval --initial_model MODEL --eval_list conditions/*.txt \
         --eval_path conditions/audio --save_path exps/conditions
 
-Conditions: codecs of telephones and of the internet (those of --codec, and opus), a cut to 2 s, and
-with --musan_path and --rir_path noise, music and babble at --snr dB, and a room. clean.txt is the
-list itself. NAME.txt has both sides of its trials in a condition; NAME_cross.txt, of telephones,
-has clean enrolments and tests on the telephone. What is there already is kept, so the same command
-goes on where it was stopped; what is drawn depends on a file's name alone.
+Conditions: codecs of telephones and of the internet (those of --codec, and opus), a cut to the
+loudest 2 s, and with --musan_path and --rir_path noise, music and babble at --snr dB, and a room.
+clean.txt is the list itself. NAME.txt has both sides of its trials in a condition; NAME_cross.txt,
+of telephones, has clean enrolments and tests on the telephone. What is there already is kept, so
+the same command goes on where it was stopped; what is drawn depends on a file's path in the list
+alone.
 """
 
 import argparse
 import contextlib
 import functools
+import json
 import os
 import random
 import shutil
@@ -30,18 +32,28 @@ from dataLoader import (
     Codec,
     NoiseFiles,
     Strings,
-    decibels,
     find_audio,
+    is_usable,
     parallel_map,
     read_audio,
     read_trial_lists,
     reverberate,
     through_codec,
 )
-from tools import BadInput, default_n_cpu, exit_on_bad_input, number, say, write_text, write_whole
+from tools import (
+    BadInput,
+    default_n_cpu,
+    exit_on_bad_input,
+    number,
+    say,
+    sha256,
+    write_text,
+    write_whole,
+)
 
 CODECS = {**TELEPHONE, **INTERNET, 'opus': Codec(RATE, 'OGG', 'OPUS', (0.99, 1.0))}
 CUT = 2 * RATE  # samples of 'short'
+SETTINGS = 'settings.json'  # in --out
 
 
 def main(argv=None):
@@ -55,7 +67,12 @@ def main(argv=None):
     add('list', help='trial list, lines `label enrolment test` or the label last')
     add('--audio', required=True, help='folder of its paths')
     add('--out', required=True, help='folder for audio/ and the lists')
-    add('--conditions', nargs='+', help='those wanted (default: all that the options make)')
+    add(
+        '--conditions',
+        nargs='+',
+        action='extend',
+        help='those wanted (default: all that the options make)',
+    )
     add('--musan_path', help='MUSAN, for noise, music and babble')
     add('--rir_path', help='room impulse responses, for room')
     add('--snr', type=number(float, -20, 60), default=10.0, help='of noise, music and babble, dB')
@@ -68,25 +85,30 @@ def main(argv=None):
 def write_conditions(args):
     """Writes audio/ and the lists.
 
-    Raises BadInput for an unknown condition, a file that cannot be used, or too small a disk.
+    Raises BadInput for an unknown condition, a file that cannot be used, too small a disk, or a
+    folder that other options wrote.
     """
     made = make_conditions(args)
-    names = args.conditions or list(made)
+    names = list(dict.fromkeys(args.conditions or made))
     for name in names:
         if name not in made:
             raise BadInput(f'--conditions {name}: the options make {", ".join(made)}')
-    paths, (trials,) = read_trial_lists([args.list], [args.audio])
+    _, (trials,) = read_trial_lists([args.list], [args.audio])
+    refuse_other_places(trials.names, args.list)
+    settings = settings_of(args)
+    refuse_other_settings(settings, args.out)
+
     audio = os.path.join(args.out, 'audio')
     jobs = []
-    for name in ['clean', *names]:
-        for path, file in zip(paths, trials.names):
-            out = os.path.join(audio, renamed(file, name))
-            if not os.path.exists(out):
-                jobs.append((name, path, out))
-    check_room(jobs, args.out)
+    for name in dict.fromkeys(['clean', *names]):
+        for file in trials.names:
+            if not os.path.exists(os.path.join(audio, renamed(file, name))):
+                jobs.append((name, file))
+    check_room(jobs, args)
 
     os.makedirs(audio, exist_ok=True)
-    convert = functools.partial(write_one, {'clean': lambda samples, rng: samples, **made})
+    write_text(os.path.join(args.out, SETTINGS), json.dumps(settings, indent=1))
+    convert = functools.partial(write_one, made, args.audio, audio)
     done = parallel_map(convert, jobs, min(args.n_cpu, len(jobs)))
     faults = [fault for fault in tqdm(done, 'writing', len(jobs), disable=None) if fault]
     if faults:
@@ -104,9 +126,12 @@ def write_conditions(args):
 
 def make_conditions(args):
     """{name: function(samples, random.Random) -> samples} of what the options make."""
-    conditions = {}
+    conditions = {'clean': unchanged}
     for name, codec in CODECS.items():
-        conditions[name] = functools.partial(coded, codec)
+        if is_usable(codec):
+            conditions[name] = functools.partial(coded, codec)
+        else:
+            say(f'note: this libsndfile lacks the codec {name}')
     conditions['short'] = cut
     if args.musan_path:
         for name, category in (('noise', 'noise'), ('music', 'music'), ('babble', 'speech')):
@@ -118,14 +143,20 @@ def make_conditions(args):
     return conditions
 
 
+def unchanged(samples, rng):
+    """The condition of clean.txt."""
+    return samples
+
+
 def coded(codec, samples, rng):
     """samples through a codec; a telephone's with its band, at the lowest rates of the others."""
     return through_codec(samples, codec, codec.levels and codec.levels[1], codec.rate != RATE)
 
 
 def cut(samples, rng):
-    """2 s of samples, from a place drawn at random."""
-    start = rng.randint(0, max(0, len(samples) - CUT))
+    """The loudest 2 s of samples, as others may be silent."""
+    energy = np.cumsum(np.append(0.0, samples.astype(np.float64) ** 2))
+    start = int(np.argmax(energy[CUT:] - energy[:-CUT])) if len(samples) > CUT else 0
     return samples[start : start + CUT]
 
 
@@ -133,7 +164,10 @@ def mixed(files, category, snr, samples, rng):
     """samples plus noise, as many clips as in training, which are snr dB below in all."""
     clips = list(files.draw(rng, len(samples), rng.randint(*NOISE_CLIPS[category])))
     noise = np.sum(clips, axis=0)
-    return samples + noise * np.float32(10 ** ((decibels(samples) - decibels(noise) - snr) / 20))
+    # Not dataLoader.decibels, whose floor makes noise under quiet speech too loud.
+    power = max(np.mean(noise**2), 1e-12)
+    gain = np.sqrt(np.mean(samples**2) / power / 10 ** (snr / 10))
+    return samples + noise * np.float32(gain)
 
 
 def in_room(rirs, samples, rng):
@@ -141,15 +175,18 @@ def in_room(rirs, samples, rng):
     return reverberate(samples, read_audio(rirs[rng.randrange(len(rirs))]))
 
 
-def write_one(conditions, job):
-    """Writes a file in a condition, 16 bits; returns what is wrong with it, '' for nothing."""
-    name, path, out = job
+def write_one(conditions, folder, audio, job):
+    """Writes a file of folder in a condition to audio, 16 bits; returns its fault, '' for none."""
+    name, file = job
+    out = os.path.join(audio, renamed(file, name))
     try:
-        samples = read_audio(path)
-        samples = conditions[name](samples, random.Random(f'{name} {os.path.basename(out)}'))
+        samples = read_audio(os.path.join(folder, file))
     except BadInput as error:
         return str(error)
-    samples = samples / max(1.0, np.abs(samples).max() / 0.99)
+    # By the name of speaker and recording, as the names of files alone are alike in many folders.
+    samples = conditions[name](samples, random.Random(renamed(file, name)))
+    if name != 'clean':
+        samples = samples / max(1.0, np.abs(samples).max() / 0.99)
     os.makedirs(os.path.dirname(out), exist_ok=True)
     write_whole(out, lambda file: soundfile.write(file, samples, RATE, 'PCM_16', format='WAV'))
     return ''
@@ -160,20 +197,58 @@ def renamed(file, name):
     return f'{os.path.splitext(file)[0]}.{name}.wav'
 
 
-def check_room(jobs, out):
+def refuse_other_places(names, path):
+    """Raises BadInput where a file would not be written below audio/, or two would be one."""
+    sources = {}
+    for name in names:
+        if os.path.isabs(name) or '..' in name.split('/'):
+            raise BadInput(f'{path}: {name}: give paths below --audio, without ..')
+        source = sources.setdefault(renamed(os.path.normpath(name), 'clean'), name)
+        if source != name:
+            raise BadInput(f'{path}: {source} and {name} would be written to the same file')
+
+
+def settings_of(args):
+    """{option: value} of what the files depend on."""
+    with open(args.list, 'rb') as file:
+        settings = {'list': sha256(file.read()), 'audio': os.path.abspath(args.audio)}
+    if args.musan_path:
+        settings.update({'musan_path': os.path.abspath(args.musan_path), 'snr': args.snr})
+    if args.rir_path:
+        settings['rir_path'] = os.path.abspath(args.rir_path)
+    return settings
+
+
+def refuse_other_settings(settings, out):
+    """Adds the settings that wrote a folder; BadInput where one of them was another."""
+    path = os.path.join(out, SETTINGS)
+    if not os.path.exists(path):
+        return
+    try:
+        with open(path, encoding='utf-8') as file:
+            earlier = dict(json.load(file))
+    except ValueError as error:
+        raise BadInput(f'{path}: cannot be read; choose another --out') from error
+    for name, value in {**earlier, **settings}.items():
+        if earlier.get(name, value) != value:
+            raise BadInput(f'--out {out}: was written with another {name}; choose another folder')
+        settings[name] = value
+
+
+def check_room(jobs, args):
     """Says what the disk needs; BadInput where it has less."""
     needed = 0
-    for _, path, _ in jobs:
-        with contextlib.suppress(OSError):
-            # FLAC takes about half of the wav that is written.
-            needed += os.path.getsize(path) * (2 if path.endswith('.flac') else 1)
-    folder = os.path.abspath(out)
+    for name, file in jobs:
+        with contextlib.suppress(OSError, soundfile.SoundFileError):
+            samples = soundfile.info(os.path.join(args.audio, file)).frames
+            needed += 2 * (min(samples, CUT) if name == 'short' else samples)
+    folder = os.path.abspath(args.out)
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
     free = shutil.disk_usage(folder).free
     say(f'{len(jobs):,} files to write, about {needed / 1e6:,.0f} MB; {free / 1e9:.1f} GB are free')
     if needed > free:
-        raise BadInput(f'--out {out}: the disk is too small')
+        raise BadInput(f'--out {args.out}: the disk is too small')
 
 
 def write_list(path, trials, sides):

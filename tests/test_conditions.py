@@ -181,8 +181,78 @@ def test_conditions_of_a_list(corpus, tree, capsys):
     with pytest.raises(SystemExit) as stop:
         conditions.main([*arguments, '--out', str(corpus / 'x'), '--conditions', 'fax'])
     assert stop.value.code == 2
-    assert '--conditions fax: the options make gsm' in capsys.readouterr().err
+    assert '--conditions fax: the options make clean, gsm' in capsys.readouterr().err
     assert not (corpus / 'x').exists()
+
+
+def test_noise_is_of_the_speaker_and_recording_and_as_loud_as_asked_for(corpus):
+    for category in ('noise', 'speech', 'music'):
+        # Ten seconds, of which a recording takes 2.5 from a place of its own.
+        samples = 0.1 * np.random.default_rng(0).standard_normal(160000)
+        write_wav(corpus / 'musan' / category / '1.wav', samples, subtype='PCM_16')
+    names = [f'id{speaker}/{session}/1.wav' for speaker in range(2) for session in 'xy']
+    for number, name in enumerate(names):
+        loudness = (1.0, 0.01)[number % 2]
+        audio = loudness * wave(number, 40000)
+        write_wav(corpus / 'audio' / name, audio, subtype='PCM_16')
+    (corpus / 'few.txt').write_text(trial_lines(names))
+    arguments = [str(corpus / 'few.txt'), '--audio', str(corpus / 'audio'), '--n_cpu', '0']
+    options = ['--musan_path', str(corpus / 'musan'), '--conditions', 'noise']
+    conditions.main([*arguments, *options, '--out', str(corpus / 'out')])
+    noises = []
+    for name in names:
+        stem = corpus / 'out/audio' / name[:-4]
+        clean, _ = soundfile.read(f'{stem}.clean.wav')
+        noisy, _ = soundfile.read(f'{stem}.noise.wav')
+        original, _ = soundfile.read(corpus / 'audio' / name)
+        np.testing.assert_array_equal(clean, original)
+        noise = noisy * np.dot(clean, clean) / np.dot(noisy, clean) - clean
+        # 0.5 dB for what of the noise is in phase with the speech, and for 16 bits.
+        assert 10 * np.log10(np.sum(clean**2) / np.sum(noise**2)) == pytest.approx(10, abs=0.5)
+        noises.append(noise)
+    correlations = np.abs(np.corrcoef(noises) - np.eye(4))
+    assert correlations.max() < 0.9, 'one noise under several recordings'
+
+
+def test_conditions_that_would_mix_files_are_refused(corpus, tree, capsys):
+    def refusal(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            conditions.main([*arguments, '--n_cpu', '0', '--conditions', 'short'])
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    audio = ['--audio', str(corpus / 'audio')]
+    cases = {
+        'would be written to the same file': 'id0/a/0.flac',
+        'give paths below --audio': str(corpus / 'audio/id0/a/0.wav'),
+        'without ..': '../audio/id0/a/0.wav',
+    }
+    for words, name in cases.items():
+        (corpus / 'odd.txt').write_text(f'1 id0/a/0.wav {name}\n0 id0/a/0.wav id1/a/0.wav\n')
+        assert words in refusal(str(corpus / 'odd.txt'), *audio, '--out', str(corpus / 'odd'))
+        assert not (corpus / 'odd').exists()
+
+    written = [str(corpus / 'trials.txt'), *audio, '--out', str(corpus / 'out')]
+    noise = ['--musan_path', tree['musan_path']]
+    conditions.main([*written, '--n_cpu', '0', '--conditions', 'short'])
+    conditions.main([*written, '--n_cpu', '0', '--conditions', 'noise', *noise])
+    capsys.readouterr()
+    assert 'was written with another snr' in refusal(*written, *noise, '--snr', '5')
+    text = (corpus / 'trials.txt').read_text()
+    (corpus / 'trials.txt').write_text(''.join(text.splitlines(keepends=True)[1:]))
+    assert 'was written with another list' in refusal(*written)
+
+
+def test_conditions_leave_out_codecs_that_libsndfile_lacks(corpus, monkeypatch, capsys):
+    lacking = {**conditions.CODECS, 'opus': Codec(16000, 'OGG', 'NO_SUCH_CODING')}
+    monkeypatch.setattr(conditions, 'CODECS', lacking)
+    arguments = [str(corpus / 'trials.txt'), '--audio', str(corpus / 'audio'), '--n_cpu', '0']
+    with pytest.raises(SystemExit) as stop:
+        conditions.main([*arguments, '--out', str(corpus / 'out'), '--conditions', 'opus'])
+    assert stop.value.code == 2
+    streams = capsys.readouterr()
+    assert 'lacks the codec opus' in streams.out
+    assert '--conditions opus: the options make clean' in streams.err
 
 
 @pytest.fixture
