@@ -513,6 +513,8 @@ def read_trial_scores(path):
         scores = np.array([row[1:-2] for row in rows], float)
         if scores.ndim != 2 or not scores.size:
             raise ValueError('it has no scores')
+        if not np.isfinite(scores).all():
+            raise ValueError('a score is not finite')
     except (ValueError, IndexError) as error:
         raise BadInput(f'{path}: not a file of scores of --eval: {error}') from error
     return labels, scores, [(row[-2], row[-1]) for row in rows]
@@ -835,6 +837,8 @@ def sentence(error):
         return f'the package {error.name} is needed for this: pip install {error.name}'
     if isinstance(error, OSError) and error.filename is not None:
         return f'{error.filename}: {error.strerror}'
+    if isinstance(error, ValueError) and 'embedded null byte' in str(error):
+        return 'a path has a byte 0 in it, which no file name has'
     if isinstance(error, MemoryError):
         return f'{summary(error)}\nUse a smaller --batch_size, or shorter crops.'
     if isinstance(error, RuntimeError):

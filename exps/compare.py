@@ -12,15 +12,19 @@ cannot tell the two apart.
 
 Runs that differ in --seed alone, by their options.txt, are one experiment: the mean, lowest and
 highest of their seeds are shown, and an interval that holds both sources of chance, as a replicate
-draws one of the seeds besides the speakers.
+draws one of the seeds besides the speakers. So it is the interval of one run with any seed, which
+is wider than that of the mean of the seeds; but few seeds show less than their whole spread, three
+of them two thirds of its variance.
 
 Where matplotlib is installed, training curves are drawn and, of the scores that --eval wrote, EERs
 with their intervals and DET curves, one picture a list, and the EERs of all lists in one picture.
 """
 
 import argparse
+import collections
 import os
 import re
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +50,7 @@ from tools import (
     table,
 )
 
+PUBLISHED_NAME = 'published'
 PUBLISHED = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'pretrain_score.txt')
 # Its README's figures of exps/pretrain.model; the first is the best of 80 epochs on this list.
 PUBLISHED_LISTS = {
@@ -71,13 +76,15 @@ class Sample(NamedTuple):
     """What an experiment, of one or several seeds, has for a list and a kind of scores.
 
     figures: of each seed, {figure: {'value'}}; replicates: (replicates, 3) values of FIGURES, a
-    seed drawn for each, None where speakers are not known; scores, labels: of the first seed.
+    seed drawn for each, None where speakers are not known; scores, labels: of the first seed;
+    fault: why speakers are not known.
     """
 
     figures: list
     replicates: np.ndarray | None
     scores: np.ndarray
     labels: np.ndarray
+    fault: str
 
 
 def main(argv=None):
@@ -130,64 +137,103 @@ def read_experiments(paths):
         if not epochs and not lists:
             raise BadInput(f'{path}: is empty')
 
+        if any(folder == experiment.folder for experiment in experiments.values()):
+            continue  # its score.txt and its results.json were both named
         name = os.path.basename(folder)
-        if name in experiments and experiments[name].folder != folder:
-            name = path
+        if name in (*experiments, PUBLISHED_NAME):
+            name = os.path.dirname(path)
         experiments[name] = Experiment(folder, epochs, lists)
-    experiments['published'] = Experiment('', read_scores(PUBLISHED), PUBLISHED_LISTS)
+    experiments[PUBLISHED_NAME] = Experiment('', read_scores(PUBLISHED), PUBLISHED_LISTS)
     return experiments
 
 
 def group_seeds(experiments):
     """{name: names of experiments} that differ in --seed alone; a name of several tells how many.
 
-    What does not change the numbers (where a run is kept, how many processes load) does not count.
+    What does not change the numbers (where a run is kept, how many processes load) does not count,
+    nor in which folder --initial_model is, as a second stage has the first one of its seed. Runs of
+    which two have the same seed are not seeds of one experiment.
     """
     alike = {}
     for name, experiment in experiments.items():
-        path = os.path.join(experiment.folder, 'options.txt')
-        key = name
-        if experiment.folder and os.path.exists(path):
-            with open(path, encoding='utf-8', errors='surrogateescape') as file:
-                lines = [line for line in file if line.startswith('--')]
-            ignored = re.compile('--(seed|save_path|n_cpu|device|keep|force|max_bad)[ =\n]')
-            key = tuple(sorted(line for line in lines if not ignored.match(line)))
-        alike.setdefault(key, []).append(name)
+        key, seed = options_of(experiment) or (name, '')
+        alike.setdefault(key, {})[name] = seed
     groups = {}
-    for members in alike.values():
-        name = members[0]
-        if len(members) > 1:
-            name = f'{members[0]} ({len(members)} seeds)'
-        groups[name] = members
+    for seeds in alike.values():
+        if len(set(seeds.values())) < len(seeds):
+            groups.update({name: [name] for name in seeds})
+            continue
+        first = next(iter(seeds))
+        name = first if len(seeds) == 1 else f'{first} ({len(seeds)} seeds)'
+        groups[name] = list(seeds)
     return groups
 
 
-def read_samples(experiments, groups):
-    """{(SHA-256 of a list, its name, kind): {experiment: Sample}} of the scores that --eval wrote.
+def options_of(experiment):
+    """(Options that change the numbers, the line of --seed) of options.txt, None without one."""
+    path = os.path.join(experiment.folder, 'options.txt')
+    if not experiment.folder or not os.path.exists(path):
+        return None
+    with open(path, encoding='utf-8', errors='surrogateescape') as file:
+        lines = sorted(line.rstrip('\n') for line in file if line.startswith('--'))
+    ignored = re.compile('--(seed|save_path|n_cpu|device|keep|force|max_bad)( |=|$)')
+    kept = [line for line in lines if not ignored.match(line)]
+    seeds = [line for line in lines if re.match('--seed( |=)', line)]
+    key = tuple(re.sub('^(--initial_model[ =]).*/', r'\1', line) for line in kept)
+    return key, ' '.join(seeds)
 
-    Of an experiment of several seeds, only lists that all of them scored count.
+
+def read_samples(experiments, groups):
+    """{(name of a list, kind): {experiment: Sample}} of the scores that --eval wrote.
+
+    Lists of the same bytes are one list, whatever their names; an experiment that scored such a
+    list twice, on other audio, has two, which go by their paths. Of an experiment of several seeds,
+    only lists that all of them scored count.
     """
+    lists = {name: entries_by_content(experiment) for name, experiment in experiments.items()}
+    names = name_lists(lists.values())
     samples = {}
-    for name, members in groups.items():
-        lists = [entries_by_content(experiments[member]) for member in members]
-        for sha256, (path, entry) in lists[0].items():
-            if any(sha256 not in entries for entries in lists):
+    for number, (name, members) in enumerate(groups.items()):
+        for content, entry in lists[members[0]].items():
+            if any(content not in lists[member] for member in members):
                 continue
-            runs = [read_run(experiments[m], e[sha256][1]) for m, e in zip(members, lists)]
+            runs = [read_run(experiments[member], lists[member][content]) for member in members]
             for kind in entry['figures']:
                 if all(kind in run for run in runs):
-                    by_name = samples.setdefault((sha256, stem(path), kind), {})
-                    by_name[name] = sample_of([run[kind] for run in runs])
+                    sample = sample_of([run[kind] for run in runs], number)
+                    if sample.fault:
+                        note = f'note: {name}, {names[content]}: no intervals: {sample.fault}'
+                        print(note, file=sys.stderr)
+                    samples.setdefault((names[content], kind), {})[name] = sample
     return samples
 
 
 def entries_by_content(experiment):
-    """{SHA-256 of a list: (its path, its entry)} of an experiment's results."""
+    """{what tells a list from others: its entry} of an experiment's results.
+
+    That is the SHA-256 of the list, and the path too where two have the same.
+    """
+    known = {path: entry for path, entry in experiment.lists.items() if 'sha256' in entry}
+    count = collections.Counter(entry['sha256'] for entry in known.values())
     entries = {}
-    for path, entry in experiment.lists.items():
-        if 'sha256' in entry:
-            entries[entry['sha256']] = path, entry
+    for path, entry in known.items():
+        entries[entry['sha256'], path if count[entry['sha256']] > 1 else ''] = entry
     return entries
+
+
+def name_lists(lists):
+    """{what tells a list from others: a name of its own}, after the file of its scores."""
+    names = {}
+    for entries in lists:
+        for content, entry in entries.items():
+            first = stem(entry['scores'])
+            name = first
+            number = 1
+            while name in names.values() and content not in names:
+                number += 1
+                name = f'{first}_{number}'
+            names.setdefault(content, name)
+    return names
 
 
 def read_run(experiment, entry):
@@ -195,29 +241,30 @@ def read_run(experiment, entry):
     path = os.path.join(experiment.folder, 'scores', os.path.basename(entry['scores']))
     labels, scores, names = read_trial_scores(path)
     kinds = list(entry['figures'])
-    if len(kinds) != scores.shape[1]:
-        raise BadInput(f'{path}: other columns than results.json names; score it again')
+    if scores.shape != (entry['trials'], len(kinds)):
+        raise BadInput(f'{path}: other trials or columns than results.json names; score it again')
     return {kind: (column, labels, names) for kind, column in zip(kinds, scores.T)}
 
 
-def sample_of(runs):
-    """Sample of [(scores, labels, names)], one of each seed."""
+def sample_of(runs, number):
+    """Sample of [(scores, labels, names)], one of each seed, of the experiment of a number."""
     scores, labels, names = runs[0]
     figures = [operating_points(seed_scores, labels) for seed_scores, _, _ in runs]
-    numbers = {name: number for number, name in enumerate({name: 0 for t in names for name in t})}
-    pairs = np.array([[numbers[a], numbers[b]] for a, b in names])
-    speakers, _ = number_speakers(labels, pairs, [speaker_of(name) for name in numbers])
+    rows = {name: row for row, name in enumerate({name: 0 for trial in names for name in trial})}
+    pairs = np.array([[rows[a], rows[b]] for a, b in names])
+    speakers, fault = number_speakers(labels, pairs, [speaker_of(name) for name in rows])
     if speakers is None:
-        return Sample(figures, None, scores, labels)
+        return Sample(figures, None, scores, labels, fault)
     draws = draw_speakers(speakers.max() + 1)
     each = []
     for seed_scores, _, _ in runs:
         shown = tqdm(draws, 'how sure', disable=None, leave=False)
         each.append(replicate_figures(seed_scores, labels, speakers, shown))
-    # The same seed of the draw for every experiment: their runs are paired by replicate.
-    chosen = np.random.default_rng(1).integers(len(runs), size=len(draws))
+    # The draws of speakers are those of every experiment, the draws of seeds its own: one recipe's
+    # first seed has nothing in common with another one's.
+    chosen = np.random.default_rng([1, number]).integers(len(runs), size=len(draws))
     replicates = np.stack(each)[chosen, np.arange(len(draws))]
-    return Sample(figures, replicates, scores, labels)
+    return Sample(figures, replicates, scores, labels, '')
 
 
 def training_rows(experiments):
@@ -277,7 +324,7 @@ def without_empty_columns(rows):
 def seed_rows(groups, samples):
     """Rows of cells on experiments of several seeds: mean, lowest and highest, interval of both."""
     rows = [['experiment', 'list', 'kind', 'figure', 'mean', 'seeds', 'seeds and speakers']]
-    for (_, path, kind), by_name in samples.items():
+    for (path, kind), by_name in samples.items():
         for name, sample in by_name.items():
             if len(groups[name]) == 1:
                 continue
@@ -296,7 +343,7 @@ def seed_rows(groups, samples):
 def difference_rows(samples, baseline):
     """Rows of cells: differences from the baseline of the others that scored the same list."""
     rows = [['experiment', 'less', 'list', 'kind', *FIGURES]]
-    for (_, path, kind), by_name in samples.items():
+    for (path, kind), by_name in samples.items():
         if baseline not in by_name or by_name[baseline].replicates is None:
             continue
         for name, sample in by_name.items():
@@ -353,17 +400,18 @@ def draw_all(experiments, samples, folder):
     verification = {}
     by_experiment = {}
     by_list = {}
-    for (_, path, kind), by_name in samples.items():
+    for (path, kind), by_name in samples.items():
         for name, sample in by_name.items():
             label = f'{name}, {kind}'
-            verification.setdefault(path, {})[label] = sample.scores, sample.labels
+            curve = label if len(sample.figures) == 1 else f'{label}, the first'
+            verification.setdefault(path, {})[curve] = sample.scores, sample.labels
             if sample.replicates is not None:
                 eers = [figures['EER']['value'] for figures in sample.figures]
                 bar = np.mean(eers), interval_of(sample.replicates[:, 0])
                 by_experiment.setdefault(path, {})[label] = {path: bar}
                 by_list.setdefault(path, {})[label] = bar
-    for path, curve in verification.items():
-        draw.draw_det(os.path.join(folder, f'det_{path}.png'), curve)
+    for path, curves_of_list in verification.items():
+        draw.draw_det(os.path.join(folder, f'det_{path}.png'), curves_of_list)
     for path, rows in by_experiment.items():
         draw.draw_intervals(os.path.join(folder, f'eer_{path}.png'), rows)
     if len(by_list) > 1:

@@ -254,8 +254,10 @@ def test_the_lists_are_drawn_side_by_side(tmp_path, monkeypatch):
         replicates = np.tile(eer + np.linspace(-1, 1, 1001)[:, None], 3)
         by_name = {}
         for name in ('small', 'phone'):
-            by_name[name] = compare.Sample([{'EER': {'value': eer}}], replicates, scores, labels)
-        samples[path, path, 'raw'] = by_name
+            by_name[name] = compare.Sample(
+                [{'EER': {'value': eer}}], replicates, scores, labels, ''
+            )
+        samples[path, 'raw'] = by_name
     experiments = {'small': compare.Experiment('', [[1, 0.001, 1.0, 50.0, 8.0, 8.0]], {})}
     compare.draw_all(experiments, samples, tmp_path)
     names = {path.name for path in tmp_path.iterdir()} - {'curves.png'}
@@ -271,3 +273,98 @@ def test_the_lists_are_drawn_side_by_side(tmp_path, monkeypatch):
             value, interval = rows[path][f'{name}, raw']
             assert value == eer
             assert interval == pytest.approx((eer - 0.95, eer + 0.95))
+
+
+def experiment_of(folder, lists, seed, options='--lr 0.001'):
+    """Writes the results of a run: lists {path: (SHA-256, scores of 15 trials of six speakers)}."""
+    (folder / 'scores').mkdir(parents=True)
+    pairs = [(a, b) for a in range(6) for b in range(a, 6)][:15]
+    entries = {}
+    for number, (path, (content, scores)) in enumerate(lists.items()):
+        text = ''
+        for (a, b), score in zip(pairs, scores):
+            text += f'{int(a == b)} {score} id{a}/1.wav id{b}/2.wav\n'
+        name = f'{Path(path).stem}{number or ""}.txt'
+        (folder / 'scores' / name).write_text(text)
+        entries[path] = {
+            'figures': {'raw': {'EER': {'value': 1.0, 'threshold': 0.0}}},
+            'scores': f'scores/{name}',
+            'trials': 15,
+            'speakers': 6,
+            'sha256': content,
+            'checkpoint': {'path': 'x.model', 'sha256': ''},
+        }
+    (folder / 'results.json').write_text(json.dumps({'lists': entries}))
+    (folder / 'options.txt').write_text(f'--seed {seed}\n{options}\n')
+    return str(folder / 'results.json')
+
+
+def test_runs_of_the_same_seed_and_second_stages(tmp_path):
+    scores = np.arange(15)
+    paths = []
+    for name, seed in (('before', 1), ('after', 1)):
+        paths.append(experiment_of(tmp_path / name, {'a.txt': ('s', scores)}, seed))
+    for seed in (1, 2):
+        options = f'--initial_model exps/first-{seed}/average.model'
+        folder = tmp_path / f'second-{seed}'
+        paths.append(experiment_of(folder, {'a.txt': ('s', scores)}, seed, options))
+    other = '--initial_model exps/first-3/last.model'
+    paths.append(experiment_of(tmp_path / 'other', {'a.txt': ('s', scores)}, 3, other))
+    groups = compare.group_seeds(compare.read_experiments(paths))
+    assert groups == {
+        'before': ['before'],
+        'after': ['after'],
+        'second-1 (2 seeds)': ['second-1', 'second-2'],
+        'other': ['other'],
+        'published': ['published'],
+    }
+
+
+def test_lists_are_told_apart_by_their_bytes_and_audio(tmp_path):
+    random = np.random.default_rng(0)
+    scores = random.standard_normal((6, 15))
+    lists = {'a/trials.txt': ('s', scores[0]), 'b/trials.txt': ('t', scores[1])}
+    paths = [experiment_of(tmp_path / 'one', lists, 1)]
+    paths.append(experiment_of(tmp_path / 'two', {'c/copy.txt': ('s', scores[2])}, 1))
+    # One list on other audio, by way of two names, and in two orders.
+    for number, order in enumerate((('clean', 'noisy'), ('noisy', 'clean'))):
+        lists = {name: ('u', scores[3 + number + (name == 'noisy')]) for name in order}
+        paths.append(experiment_of(tmp_path / f'three{number}', lists, 1))
+    experiments = compare.read_experiments([*paths, *paths])
+    assert list(experiments) == ['one', 'two', 'three0', 'three1', 'published']
+    samples = compare.read_samples(experiments, compare.group_seeds(experiments))
+    found = {}
+    for (name, _), by_name in samples.items():
+        found[name] = list(by_name)
+    assert found == {
+        'trials': ['one', 'two'],
+        'trials1': ['one'],
+        'clean': ['three0', 'three1'],
+        'noisy1': ['three0', 'three1'],
+    }
+    np.testing.assert_array_equal(samples['clean', 'raw']['three1'].scores, scores[4])
+    np.testing.assert_array_equal(samples['noisy1', 'raw']['three1'].scores, scores[5])
+
+
+def test_experiments_of_one_name_are_kept_apart(tmp_path):
+    paths = []
+    for folder in ('p/x', 'q/x', 'published'):
+        paths.append(experiment_of(tmp_path / folder, {'a.txt': ('s', np.arange(15))}, 1))
+    names = list(compare.read_experiments(paths))
+    assert names == ['x', str(tmp_path / 'q/x'), str(tmp_path / 'published'), 'published']
+
+
+def test_the_draws_of_seeds_do_not_depend_on_their_order_elsewhere(tmp_path):
+    random = np.random.default_rng(0)
+    runs = []
+    for _ in range(3):
+        names = [(f'id{a}/1', f'id{b}/2') for a in range(6) for b in range(a, 6)]
+        labels = np.array([a.split('/')[0] == b.split('/')[0] for a, b in names], int)
+        runs.append((random.standard_normal(21) + 2 * labels, labels, names))
+    first = compare.sample_of(runs, 0).replicates[:, 0]
+    other = compare.sample_of(runs, 1).replicates[:, 0]
+    alike = np.mean(first == other)
+    # A third by chance, and more as replicates of few speakers are often equal.
+    each = [compare.sample_of([run], 0).replicates[:, 0] for run in runs]
+    by_chance = np.mean([np.mean(a == b) for a in each for b in each])
+    assert alike == pytest.approx(by_chance, abs=0.1)
