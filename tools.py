@@ -48,24 +48,49 @@ def score_kinds(embeddings, pairs, cohort=None, top_n=None, subtract_mean=False)
 
     embeddings: as ECAPAModel.embed_files makes them, or means of these; cohort: (speakers, 2, 192).
     'raw' is always there. With top_n there is 'asnorm', by the top_n closest speakers of the
-    cohort. With subtract_mean there is 'centred', and with top_n 'centred asnorm': of both vectors
-    of a file less the cohort's mean, then of unit length, so that crops count by the cosine of
-    their means; the cohort's likewise.
+    cohort. With subtract_mean there is 'centred', and with top_n 'centred asnorm'.
+    """
+    scores = {}
+    for kind, vectors, speakers in vectors_of_kinds(embeddings, cohort, subtract_mean):
+        scores[kind] = score_pairs(vectors, pairs)
+        if top_n:
+            name = f'{kind} asnorm'.removeprefix('raw ')
+            scores[name] = as_norm(scores[kind], vectors, pairs, speakers, top_n)
+    return scores
+
+
+def score_grid(models, tests, cohort=None, top_n=None, subtract_mean=False):
+    """All kinds of scores {kind: (tests, models)} of all embeddings of tests with all of models.
+
+    Both are (files, 2, 192), and all else is as in score_kinds.
+    """
+    scores = {}
+    sides = [vectors_of_kinds(side, cohort, subtract_mean) for side in (models, tests)]
+    for (kind, enrolled, speakers), (_, tested, _) in zip(*sides):
+        grid = 0.5 * tested.reshape(len(tested), -1) @ enrolled.reshape(len(enrolled), -1).T
+        scores[kind] = grid
+        if top_n:
+            mean, std = cohort_moments(enrolled, speakers, top_n)
+            by_model = (grid - mean) / std
+            mean, std = cohort_moments(tested, speakers, top_n)[..., None]
+            by_test = (grid - mean) / std
+            scores[f'{kind} asnorm'.removeprefix('raw ')] = (by_model + by_test) / 2
+    return scores
+
+
+def vectors_of_kinds(embeddings, cohort, subtract_mean):
+    """Yields (kind, embeddings, cohort), as they are scored for 'raw' and for 'centred'.
+
+    'centred' has both vectors of a file less the cohort's mean, then of unit length, so that crops
+    count by the cosine of their means; the cohort's likewise.
     """
     # The mean of several utterances' whole embeddings is shorter than 1.
     vectors = embeddings.copy()
     vectors[:, 0] = unit_length(vectors[:, 0])
-    scores = {'raw': score_pairs(vectors, pairs)}
-    if top_n:
-        scores['asnorm'] = as_norm(scores['raw'], vectors, pairs, cohort, top_n)
+    yield 'raw', vectors, cohort
     if subtract_mean:
         mean = cohort.mean(axis=0)
-        vectors = unit_length(embeddings - mean)
-        scores['centred'] = score_pairs(vectors, pairs)
-        if top_n:
-            speakers = unit_length(cohort - mean)
-            scores['centred asnorm'] = as_norm(scores['centred'], vectors, pairs, speakers, top_n)
-    return scores
+        yield 'centred', unit_length(embeddings - mean), unit_length(cohort - mean)
 
 
 def unit_length(vectors):
@@ -449,8 +474,10 @@ def read_results(folder):
         for entry in lists.values():
             for figures in entry['figures'].values():
                 float(figures['EER']['threshold'])
-            if not isinstance(entry['scores'] + entry['checkpoint']['sha256'], str):
+            checkpoint = entry['checkpoint']
+            if not isinstance(entry['scores'] + checkpoint['path'] + checkpoint['sha256'], str):
                 raise TypeError
+            int(entry['trials'])
             if os.path.basename(entry['scores']) in ('', '.', '..') or '\0' in entry['scores']:
                 raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -168,9 +168,14 @@ def read_calibration(folder):
     try:
         with open(path, encoding='utf-8') as file:
             calibration = json.load(file)
-        numbers = (calibration['weight'], calibration['bias'], calibration['threshold']['ratio'])
-        if not np.isfinite(numbers).all() or not calibration['checkpoint']['sha256']:
+        threshold = calibration['threshold']
+        numbers = [calibration['weight'], calibration['bias'], calibration['list']['trials']]
+        numbers += [threshold['ratio'], threshold['false_acceptances']]
+        if not np.isfinite(numbers).all() or calibration['weight'] <= 0:
             raise ValueError
+        for part in ('checkpoint', 'list'):
+            if not calibration[part]['path'] or not calibration[part]['sha256']:
+                raise ValueError
         cohort_options(calibration['kind'], calibration['options'])
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f'{path}: not what exps.calibrate writes; move it away') from error

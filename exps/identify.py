@@ -26,7 +26,7 @@ from tools import (
     add_scoring_options,
     exit_on_bad_input,
     number,
-    score_kinds,
+    score_grid,
     sha256,
     write_text,
 )
@@ -65,7 +65,7 @@ def identify(args):
     scores = score_people(system, people, files, cohort, *normalisation[1:])
     _, calibration, fault = find_calibration(args, checkpoint, scores)
     if fault:
-        print(f'note: scores alone, which decide nothing: {fault}', file=sys.stderr)
+        print(f'note: raw scores alone, which decide nothing: {fault}', file=sys.stderr)
     kind = calibration['kind'] if calibration else 'raw'
 
     text = io.StringIO()
@@ -85,13 +85,9 @@ def score_people(system, people, files, cohort, top_n, subtract_mean):
     recordings = [recording for each in people.values() for recording in each]
     ends = np.cumsum([len(each) for each in people.values()])
     embeddings = system.embed_files([*recordings, *files], any_format=True)
-    parts = np.split(embeddings[: ends[-1]], ends[:-1])
+    *parts, tests = np.split(embeddings, ends)
     models = np.stack([part.mean(axis=0) for part in parts])
-    vectors = np.concatenate([models, embeddings[ends[-1] :]])
-    rows, columns = np.divmod(np.arange(len(files) * len(people)), len(people))
-    pairs = np.stack([columns, len(people) + rows], axis=1)
-    scores = score_kinds(vectors, pairs, cohort, top_n, subtract_mean)
-    return {kind: values.reshape(len(files), -1) for kind, values in scores.items()}
+    return score_grid(models, tests, cohort, top_n, subtract_mean)
 
 
 def decide(names, scores, calibration, p_enrolled):
@@ -116,8 +112,11 @@ def read_people(path):
     people = {}
     if os.path.isdir(path):
         for name in sorted(os.listdir(path)):
-            if os.path.isdir(os.path.join(path, name)):
-                people[name] = find_audio(os.path.join(path, name), '--people', any_format=True)
+            if name.startswith('.'):
+                continue
+            if not os.path.isdir(os.path.join(path, name)):
+                raise BadInput(f'--people {path}: {name} is in no folder of a person')
+            people[name] = find_audio(os.path.join(path, name), '--people', any_format=True)
     else:
         lines = split_lines(read_list(path, '--people'), path, '--people', model_fault)
         for name, *recordings in lines:

@@ -14,6 +14,7 @@ from conftest import command_line, make_system, trial_lines, wave, write_wav
 from scipy.stats import chisquare
 
 import dataLoader
+import tools
 import trainECAPAModel
 from dataLoader import INTERNET, TELEPHONE, Codec, through_codec, train_loader, usable_codecs
 from ECAPAModel import load_model
@@ -302,7 +303,7 @@ def slow_scores(corpus, model):
 
 def test_without_a_calibration_there_are_scores_and_a_note(corpus, model, capsys):
     rows = run_identify(corpus, model)
-    assert 'scores alone, which decide nothing' in capsys.readouterr().err
+    assert 'raw scores alone, which decide nothing' in capsys.readouterr().err
     scores = slow_scores(corpus, model)
     for row, expected in zip(rows, scores):
         assert row['name'] == f'p{expected.argmax()}'
@@ -318,7 +319,7 @@ def test_the_posterior_is_that_of_the_definition(corpus, model, prior):
         'weight': 60.0,
         'bias': -55.0,
         'threshold': {'false_acceptances': 1, 'ratio': 2.0},
-        'list': {'path': 'dev.txt', 'sha256': '', 'trials': 100},
+        'list': {'path': 'dev.txt', 'sha256': 'x', 'trials': 100},
         'checkpoint': {'path': model, 'sha256': sha256},
         'options': {},
     }
@@ -358,3 +359,29 @@ def test_people_that_cannot_be_enrolled_are_refused(corpus, model, capsys):
     assert 'list.txt, line 2' in refusal(corpus / 'list.txt')
     (corpus / 'list.txt').write_text('anna nowhere.wav\n')
     assert 'nowhere.wav: No such file' in refusal(corpus / 'list.txt')
+    (corpus / 'list.txt').write_text('anna no\0where.wav\n')
+    assert 'byte 0' in refusal(corpus / 'list.txt')
+    shared.unlink()
+    stray = corpus / 'people/bob.wav'
+    stray.write_bytes((corpus / 'people/p0/0.wav').read_bytes())
+    assert 'bob.wav is in no folder of a person' in refusal(people)
+    stray.unlink()
+    os.makedirs(corpus / 'people/.Trash')
+    assert list(identify.read_people(people)) == ['p0', 'p1', 'p2']
+
+
+def test_all_against_all_has_the_scores_of_pairs():
+    random = np.random.default_rng(0)
+
+    def embeddings(files):
+        vectors = random.standard_normal((files, 2, 192)).astype(np.float32)
+        return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+    models, tests, cohort = embeddings(7), embeddings(5), embeddings(40)
+    models[:, 0] *= 0.7
+    grid = tools.score_grid(models, tests, cohort, 10, True)
+    pairs = np.array([[model, 7 + test] for test in range(5) for model in range(7)])
+    expected = tools.score_kinds(np.concatenate([models, tests]), pairs, cohort, 10, True)
+    assert list(grid) == list(expected) == ['raw', 'asnorm', 'centred', 'centred asnorm']
+    for kind, scores in expected.items():
+        np.testing.assert_allclose(grid[kind], scores.reshape(5, 7), atol=2e-5)

@@ -386,8 +386,15 @@ def test_verify_says_why_a_calibration_does_not_belong(tree, scored, capsys):
     path.write_text(json.dumps({**calibration, 'checkpoint': {'path': 'b.model', 'sha256': '0'}}))
     verify.main(normalised)
     assert 'it was fitted on scores of b.model' in capsys.readouterr().out
-    path.write_text('{"kind": 3}')
-    assert 'not what exps.calibrate writes' in refusal(capsys, verify.main, normalised)
+    for damage in (
+        {'kind': 3},
+        {'weight': -5.0},
+        {'list': {'path': 'dev.txt', 'sha256': '0'}},
+        {'threshold': {'ratio': 1.0}},
+        {'checkpoint': {'sha256': '0'}},
+    ):
+        path.write_text(json.dumps({**calibration, **damage}))
+        assert 'not what exps.calibrate writes' in refusal(capsys, verify.main, normalised)
 
 
 @short
