@@ -28,6 +28,7 @@ from sklearn.metrics import roc_curve
 from tqdm import tqdm
 
 FIGURES = ('EER', 'minDCF(0.01)', 'minDCF(0.05)')  # the prior of a target with minDCF; both costs 1
+CALIBRATED = ('Cllr', 'minCllr')  # of natural log-likelihood ratios
 REPLICATES = 1000  # of the speakers of a list, for an interval
 FEWEST_SPEAKERS = 5  # below which an interval says nothing
 
@@ -547,13 +548,76 @@ def read_trial_scores(path):
     return labels, scores, [(row[-2], row[-1]) for row in rows]
 
 
+def read_calibration(folder):
+    """What exps.calibrate wrote in a folder, None if nothing; BadInput for something else."""
+    path = os.path.join(folder, 'calibration.json')
+    if not os.path.exists(path):
+        return None
+    try:
+        with open(path, encoding='utf-8') as file:
+            calibration = json.load(file)
+        threshold = calibration['threshold']
+        numbers = [calibration['weight'], calibration['bias'], calibration['list']['trials']]
+        numbers += [threshold['ratio'], threshold['false_acceptances']]
+        if not np.isfinite(numbers).all() or calibration['weight'] <= 0:
+            raise ValueError
+        for part in ('checkpoint', 'list'):
+            if not calibration[part]['path'] or not calibration[part]['sha256']:
+                raise ValueError
+        cohort_options(calibration['kind'], calibration['options'])
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f'{path}: not what exps.calibrate writes; move it away') from error
+    return calibration
+
+
+def cohort_options(kind, options):
+    """Those of --eval's options that a kind of scores depends on, by way of the cohort."""
+    if kind == 'raw':
+        return {}
+    names = ['train_list', 'cohort_utterances', 'seed']
+    if 'asnorm' in kind:
+        names.append('top_n')
+    return {name: options[name] for name in names}
+
+
+def misfit(calibration, checkpoint, scores, args):
+    """Why a calibration is not for these scores; None if it is."""
+    if calibration['checkpoint']['sha256'] != checkpoint['sha256']:
+        return f'it was fitted on scores of {calibration["checkpoint"]["path"]}'
+    kind = calibration['kind']
+    if kind not in scores:
+        return f'it is for {kind} scores; give the options of --eval that made them'
+    for name, value in cohort_options(kind, calibration['options']).items():
+        if getattr(args, name) != value:
+            return f'it is for scores with --{name} {value}'
+    return None
+
+
+def add_calibrated(results, trial_lists, checkpoint, args):
+    """Adds 'Cllr' and 'minCllr' to the figures that the calibration of SAVE_PATH is for.
+
+    The list that it was fitted on gets none, as they would be too good.
+    """
+    calibration = read_calibration(args.save_path)
+    for trials, kinds in zip(trial_lists, results):
+        if not calibration or misfit(calibration, checkpoint, kinds, args):
+            continue
+        if trials.sha256 != calibration['list']['sha256']:
+            scored = kinds[calibration['kind']]
+            ratios = calibration['weight'] * scored.scores + calibration['bias']
+            figures = calibration_figures(ratios, trials.labels)
+            scored.figures.update({name: figures[name] for name in CALIBRATED})
+
+
 def figures_table(results, trial_lists):
     """The figures of score_lists' results as the text of a table, a row for each list and kind."""
-    rows = [['list', 'kind', 'trials', 'speakers', *FIGURES]]
+    everything = [scored.figures for kinds in results for scored in kinds.values()]
+    shown = [*FIGURES, *(name for name in CALIBRATED if any(name in each for each in everything))]
+    rows = [['list', 'kind', 'trials', 'speakers', *shown]]
     for trials, kinds in zip(trial_lists, results):
         counts = [f'{len(trials.labels):,}', format_count(trials.speaker_count())]
         for kind, scored in kinds.items():
-            cells = [format_figure(name, scored.figures) for name in FIGURES]
+            cells = [format_figure(name, scored.figures) for name in shown]
             rows.append([trials.path, kind, *counts, *cells])
     return table(rows)
 

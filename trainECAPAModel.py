@@ -220,6 +220,7 @@ def score_epoch(system, trials, scores, args, done):
 def evaluate(args):
     """Scores --initial_model on --eval_list; prints the figures, and writes them and all scores."""
     tools.read_results(args.save_path)
+    tools.read_calibration(args.save_path)
     system, checkpoint = load_model_of(args)
     with first_process_first():
         paths, trial_lists = dataLoader.read_trial_lists(
@@ -233,10 +234,10 @@ def evaluate(args):
     results = system.score_lists(paths, trial_lists, cohort, top_n, subtract_mean)
     if process_rank() == 0:
         tools.add_intervals(results, trial_lists)
+        tools.write_results(results, trial_lists, checkpoint, args)
+        tools.add_calibrated(results, trial_lists, checkpoint, args)
     say(args.initial_model)
     say(tools.figures_table(results, trial_lists))
-    if process_rank() == 0:
-        tools.write_results(results, trial_lists, checkpoint, args)
 
 
 # Machinery: recipes; options and sizes; the plan; resuming; the log; what ends a run; processes.

@@ -160,37 +160,5 @@ def print_others(lists, calibration, fitted, folder):
         print('note: no other list is there to show what the ratios are worth')
 
 
-def read_calibration(folder):
-    """What calibrate wrote in a folder, None if it did not; BadInput where it is something else."""
-    path = os.path.join(folder, 'calibration.json')
-    if not os.path.exists(path):
-        return None
-    try:
-        with open(path, encoding='utf-8') as file:
-            calibration = json.load(file)
-        threshold = calibration['threshold']
-        numbers = [calibration['weight'], calibration['bias'], calibration['list']['trials']]
-        numbers += [threshold['ratio'], threshold['false_acceptances']]
-        if not np.isfinite(numbers).all() or calibration['weight'] <= 0:
-            raise ValueError
-        for part in ('checkpoint', 'list'):
-            if not calibration[part]['path'] or not calibration[part]['sha256']:
-                raise ValueError
-        cohort_options(calibration['kind'], calibration['options'])
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f'{path}: not what exps.calibrate writes; move it away') from error
-    return calibration
-
-
-def cohort_options(kind, options):
-    """Those of --eval's options that a kind of scores depends on, by way of the cohort."""
-    if kind == 'raw':
-        return {}
-    names = ['train_list', 'cohort_utterances', 'seed']
-    if 'asnorm' in kind:
-        names.append('top_n')
-    return {name: options[name] for name in names}
-
-
 if __name__ == '__main__':
     main()

@@ -30,8 +30,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from exps.calibrate import read_calibration
 from tools import (
+    CALIBRATED,
     FIGURES,
     BadInput,
     calibration_figures,
@@ -42,6 +42,7 @@ from tools import (
     interval_of,
     number_speakers,
     operating_points,
+    read_calibration,
     read_results,
     read_scores,
     read_trial_scores,
@@ -61,7 +62,6 @@ PUBLISHED_LISTS = {
         'checkpoint': {'path': 'pretrain.model'},
     }
 }
-CALIBRATED = ('Cllr', 'minCllr')
 
 
 class Experiment(NamedTuple):

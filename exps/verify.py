@@ -17,12 +17,13 @@ from scipy.special import expit, logit
 
 from dataLoader import choose_normalisation
 from ECAPAModel import load_cohort, load_model_of
-from exps.calibrate import cohort_options, read_calibration
 from tools import (
     BadInput,
     add_scoring_options,
     exit_on_bad_input,
+    misfit,
     number,
+    read_calibration,
     read_results,
     score_kinds,
 )
@@ -84,19 +85,6 @@ def find_calibration(args, checkpoint, scores):
     if fault:
         return folder, None, f'{folder}/calibration.json does not count: {fault}'
     return folder, calibration, ''
-
-
-def misfit(calibration, checkpoint, scores, args):
-    """Why a calibration is not for these scores; None if it is."""
-    if calibration['checkpoint']['sha256'] != checkpoint['sha256']:
-        return f'it was fitted on scores of {calibration["checkpoint"]["path"]}'
-    kind = calibration['kind']
-    if kind not in scores:
-        return f'it is for {kind} scores; give the options of --eval that made them'
-    for name, value in cohort_options(kind, calibration['options']).items():
-        if getattr(args, name) != value:
-            return f'it is for scores with --{name} {value}'
-    return None
 
 
 def decide(calibration, score, args):

@@ -296,6 +296,32 @@ def test_calibration_of_written_scores(scored, tmp_path, capsys):
 
 
 @short
+def test_eval_shows_what_the_ratios_are_worth(scored, tmp_path, capsys):
+    calibrate.main([scored['save_path'], '--fit', 'fit'])
+    calibration = read_calibration(scored)
+    lists = [str(tmp_path / 'fit.txt'), str(tmp_path / 'test.txt')]
+    capsys.readouterr()
+    run('--eval', '--eval_list', *lists, **scored)
+    header, *rows = capsys.readouterr().out.splitlines()[-5:]
+    assert re.split('  +', header)[-2:] == ['Cllr', 'minCllr']
+    cells = {}
+    for row in rows:
+        path, kind, *_, cost, lowest = re.split('  +', row)
+        cells[path, kind] = cost, lowest
+    *others, (found, kind) = sorted(cells, key=lambda key: cells[key] != ('-', '-'))
+    assert (found, kind) == (lists[1], 'asnorm')
+    assert len(others) == 3, 'neither raw scores nor the list that it was fitted on'
+    labels, scores, _ = tools.read_trial_scores(Path(scored['save_path'], 'scores/test.txt'))
+    expected = slow_figures(calibration['weight'] * scores[:, 1] + calibration['bias'], labels)
+    for name, text in zip(('Cllr', 'minCllr'), cells[found, kind]):
+        assert float(text) == pytest.approx(expected[name], abs=6e-5)
+    Path(scored['save_path'], 'calibration.json').write_text('{}')
+    assert 'calibration.json: not what' in refusal(
+        capsys, trainECAPAModel.main, ['--eval', *command_line(**scored)]
+    )
+
+
+@short
 def test_the_last_kind_is_calibrated_and_a_moved_folder_is_read(scored, tmp_path, capsys):
     moved = Path(scored['save_path']).rename(tmp_path / 'moved')
     calibrate.main([str(moved), '--fit', str(tmp_path / 'test.txt')])
