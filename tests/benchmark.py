@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 import torch
+from scipy.signal import resample_poly
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -247,6 +248,12 @@ def loader_rows(options, folder):
         level = codec.levels and codec.levels[0]
         seconds = timed(partial(through_codec, crop, codec, level), 1, repeats=10)()
         yield Row(f'codec {name}, a crop of 2 s', f'{1000 * seconds:.1f} ms')
+
+    def to_telephone_rate_and_back():
+        resample_poly(resample_poly(crop, 1, 2), 2, 1)
+
+    seconds = timed(to_telephone_rate_and_back, 1, repeats=10)()
+    yield Row('of which 8 kHz and back', f'{1000 * seconds:.1f} ms')
 
 
 # step: an optimiser step.
