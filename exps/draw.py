@@ -104,8 +104,7 @@ def draw_intervals(path, rows):
         axes.plot([], [], 'o-', color=colour, label=name)
 
     axes.set_yticks(range(len(rows)), list(rows))
-    axes.invert_yaxis()
-    axes.set(xlabel='EER (%) and its interval of 95 %')
+    axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel='EER (%) and its interval of 95 %')
     axes.grid(alpha=0.3)
     if len(every_series) > 1:
         axes.legend()
