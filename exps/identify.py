@@ -57,6 +57,8 @@ def identify(args):
     """Prints or writes a line for each recording: file, name, probability, second, score."""
     if args.out and os.path.exists(args.out):
         raise BadInput(f'--out {args.out} is there already; remove it or choose another name')
+    if args.out and not os.path.isdir(os.path.dirname(args.out) or '.'):
+        raise BadInput(f'--out {args.out}: there is no such folder')
     people = read_people(args.people)
     files = list_files(args.files)
     system, checkpoint = load_model_of(args)

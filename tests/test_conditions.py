@@ -352,13 +352,14 @@ def test_people_that_cannot_be_enrolled_are_refused(corpus, model, capsys):
     people = people_of(corpus)
     arguments = [str(corpus / 'audio'), *command_line(initial_model=model, device='cpu', n_cpu=0)]
 
-    def refusal(people):
+    def refusal(people, *flags):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            identify.main([*arguments, '--people', str(people)])
+            identify.main([*arguments, '--people', str(people), *flags])
         assert stop.value.code == 2
         return capsys.readouterr().err
 
+    assert 'there is no such folder' in refusal(people, '--out', str(corpus / 'none/who.csv'))
     os.makedirs(corpus / 'people/empty')
     assert 'no ' in refusal(people) and 'empty' in refusal(people)
     os.rmdir(corpus / 'people/empty')
