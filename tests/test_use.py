@@ -553,7 +553,14 @@ def test_comparing_other_files_is_refused(experiment, tmp_path, capsys):
         compare.main([str(tmp_path / 'none.txt')])
     assert stop.value.code == 2
     assert 'none.txt' in capsys.readouterr().err
-    (experiment / 'scores/hard.txt').write_text('1 high x.wav y.wav\n')
-    with pytest.raises(SystemExit):
-        compare.main([str(experiment / 'score.txt'), '--out', str(tmp_path)])
-    assert 'hard.txt: not a file of scores' in capsys.readouterr().err
+    cases = {
+        '1 high 0.2 x.wav y.wav\n': 'hard.txt: not a file of scores',
+        '1 nan 0.2 x.wav y.wav\n': 'a score is not finite',
+        '1 0.1 0.2 x.wav y.wav\n': 'other trials or columns than results.json names',
+    }
+    for text, words in cases.items():
+        (experiment / 'scores/hard.txt').write_text(text)
+        with pytest.raises(SystemExit) as stop:
+            compare.main([str(experiment / 'score.txt'), '--out', str(tmp_path)])
+        assert stop.value.code == 2
+        assert words in capsys.readouterr().err
