@@ -392,7 +392,9 @@ def test_all_against_all_has_the_scores_of_pairs():
         vectors = random.standard_normal((files, 2, 192)).astype(np.float32)
         return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
-    models, tests, cohort = embeddings(7), embeddings(5), embeddings(40)
+    models = embeddings(7)
+    tests = embeddings(5)
+    cohort = embeddings(40)
     models[:, 0] *= 0.7
     grid = tools.score_grid(models, tests, cohort, 10, True)
     pairs = np.array([[model, 7 + test] for test in range(5) for model in range(7)])
