@@ -588,7 +588,7 @@ def misfit(calibration, checkpoint, scores, args):
     if kind not in scores:
         return f'it is for {kind} scores; give the options of --eval that made them'
     for name, value in cohort_options(kind, calibration['options']).items():
-        if getattr(args, name) != value:
+        if getattr(args, name, None) != value:
             return f'it is for scores with --{name} {value}'
     return None
 

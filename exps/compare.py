@@ -40,6 +40,7 @@ from tools import (
     format_count,
     format_figure,
     interval_of,
+    misfit,
     number_speakers,
     operating_points,
     read_calibration,
@@ -296,19 +297,21 @@ def score_rows(experiments):
             checkpoint = os.path.basename(entry['checkpoint']['path'])
             counts = [f'{entry["trials"]:,}', format_count(entry.get('speakers'))]
             for kind, figures in entry['figures'].items():
-                figures = {**figures, **calibrated(experiment, path, entry, kind)}
+                figures = {**figures, **calibrated(experiment, entry, kind)}
                 cells = [format_figure(figure, figures) for figure in (*FIGURES, *CALIBRATED)]
                 rows.append([name, checkpoint, stem(path), kind, *counts, *cells])
     return without_empty_columns(rows)
 
 
-def calibrated(experiment, path, entry, kind):
+def calibrated(experiment, entry, kind):
     """Cllr and minCllr of a list by its folder's calibration.json; {} where that is for others."""
     calibration = read_calibration(experiment.folder) if experiment.folder else None
     if not calibration or calibration['kind'] != kind:
         return {}
-    same = calibration['checkpoint']['sha256'] == entry['checkpoint']['sha256']
-    if not same or calibration['list']['sha256'] == entry['sha256']:
+    options = argparse.Namespace(**entry.get('options', {}))
+    if misfit(calibration, entry['checkpoint'], entry['figures'], options):
+        return {}
+    if calibration['list']['sha256'] == entry.get('sha256'):
         return {}
     scores, labels, _ = read_run(experiment, entry)[kind]
     figures = calibration_figures(calibration['weight'] * scores + calibration['bias'], labels)

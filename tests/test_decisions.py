@@ -15,7 +15,7 @@ import tools
 import trainECAPAModel
 from dataLoader import choose_cohort, read_trial_lists
 from ECAPAModel import load_model
-from exps import calibrate, export, verify
+from exps import calibrate, compare, export, verify
 from tools import BadInput
 
 ROOT = Path(__file__).parents[1]
@@ -319,6 +319,33 @@ def test_eval_shows_what_the_ratios_are_worth(scored, tmp_path, capsys):
     assert 'calibration.json: not what' in refusal(
         capsys, trainECAPAModel.main, ['--eval', *command_line(**scored)]
     )
+
+
+@short
+def test_compare_shows_cllr_of_the_scores_that_a_calibration_is_for(scored, tmp_path, capsys):
+    calibrate.main([scored['save_path'], '--fit', 'fit'])
+    calibration = read_calibration(scored)
+    labels, scores, _ = tools.read_trial_scores(Path(scored['save_path'], 'scores/test.txt'))
+    expected = slow_figures(calibration['weight'] * scores[:, 1] + calibration['bias'], labels)
+
+    def costs():
+        capsys.readouterr()
+        path = str(Path(scored['save_path'], 'results.json'))
+        compare.main([path, '--out', str(tmp_path / 'pictures')])
+        header, *rows = capsys.readouterr().out.split('\n\n')[1].splitlines()[:5]
+        names = re.split('  +', header)
+        if 'Cllr' not in names:
+            return {}
+        found = {}
+        for row in rows:
+            cells = dict(zip(names, re.split('  +', row)))
+            if cells['Cllr'] != '-':
+                found[cells['list'], cells['kind']] = float(cells['Cllr'])
+        return found
+
+    assert costs() == {('test', 'asnorm'): pytest.approx(expected['Cllr'], abs=6e-5)}
+    run('--eval', '--top_n', '3', eval_list=tmp_path / 'test.txt', **scored)
+    assert costs() == {}, 'it is for scores with another --top_n'
 
 
 @short
