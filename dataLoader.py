@@ -427,8 +427,19 @@ def parallel_map(function, items, n_cpu, **kwargs):
 
 
 def ignore_interrupts(worker):
-    """Has a worker leave Ctrl-C, which reaches all processes, to the one that started it."""
+    """Has a worker leave Ctrl-C, which reaches all processes, to the one that started it.
+
+    That one may end while it takes a batch from the worker, whose thread that serves batches
+    (multiprocessing.resource_sharer) would then print a traceback.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    print_exception = sys.excepthook
+
+    def unless_nobody_listens(kind, error, traceback):
+        if not isinstance(error, (ConnectionError, EOFError)):
+            print_exception(kind, error, traceback)
+
+    sys.excepthook = unless_nobody_listens
 
 
 def read_audio(path, shortest=1, silent_ok=False):
