@@ -7,7 +7,6 @@ python -m exps.lists recordings --out lists --test_speakers 20
 
 import argparse
 import collections
-import multiprocessing
 import os
 from typing import NamedTuple
 
@@ -15,8 +14,8 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from dataLoader import RATE, find_audio
-from tools import BadInput, exit_on_bad_input, write_text
+from dataLoader import RATE, find_audio, parallel_map
+from tools import BadInput, default_n_cpu, exit_on_bad_input, write_text
 
 
 def main(argv=None):
@@ -64,9 +63,8 @@ def make_lists(folder, out, test_speakers=None, exhaustive=False, seed=10):
             raise BadInput(f'{path} is there already; remove it or choose another --out')
 
     paths = find_audio(folder, 'FOLDER')
-    with multiprocessing.Pool() as pool:
-        reading = pool.imap(inspect_file, paths, 16)
-        inspections = list(tqdm(reading, 'reading', len(paths), unit='file', disable=None))
+    reading = parallel_map(inspect_file, paths, default_n_cpu())
+    inspections = list(tqdm(reading, 'reading', len(paths), unit='file', disable=None))
 
     files = {}
     left_out = []
