@@ -32,7 +32,7 @@ from tools import (
     process_rank,
     say,
     sha256,
-    speaker_of,
+    speakers_of,
     write_text,
 )
 
@@ -775,12 +775,13 @@ def read_train_list(path):
     return speakers, rank[np.array(labels)], Strings(names), sha256(content)
 
 
-def read_trial_lists(lists, folders, enrol_list=''):
+def read_trial_lists(lists, folders, enrol_list='', speaker=''):
     """Reads lines `label enrolment test`, or with the label last, of several lists.
 
     folders: one for all lists, or one for each. enrol_list: lines `model utterance...`, one or
-    several of a model; if given, enrolments name these models. Returns (paths of all files,
-    [TrialList]); a file that several lists name is there once. Raises BadInput.
+    several of a model; if given, enrolments name these models. speaker: the pattern of
+    tools.speakers_of. Returns (paths of all files, [TrialList]); a file in several lists appears
+    once. Raises BadInput.
     """
     if len(set(map(str, lists))) < len(lists):
         raise BadInput('--eval_list: names a list twice, whose results would be one')
@@ -794,7 +795,7 @@ def read_trial_lists(lists, folders, enrol_list=''):
     rows = {}  # {file: its number among all files}
     trial_lists = []
     for path, folder in zip(lists, folders):
-        trial_lists.append(read_trials(path, folder, models, enrolments, rows))
+        trial_lists.append(read_trials(path, folder, models, enrolments, rows, speaker))
     return list(rows), trial_lists
 
 
@@ -812,7 +813,7 @@ def read_models(path):
     return models, content
 
 
-def read_trials(path, folder, models, enrolments, rows_of_files):
+def read_trials(path, folder, models, enrolments, rows_of_files, speaker=''):
     """Reads one trial list; adds its files, with their numbers, to {file: number}."""
     require(os.path.isdir, folder, '--eval_path')
     content = read_list(path, '--eval_list')
@@ -838,16 +839,19 @@ def read_trials(path, folder, models, enrolments, rows_of_files):
 
     rows = array('i')
     starts = []
-    speakers = []  # of each side, None for a model of several
+    utterances = []
     for is_model, name in sides:
         starts.append(len(rows))
-        listed = models[name] if is_model else [name]
-        utterances = [os.fsdecode(utterance) for utterance in listed]
-        names = {speaker_of(utterance) for utterance in utterances}
-        speakers.append(names.pop() if len(names) == 1 else None)
-        for utterance in utterances:
-            file = os.path.join(folder, utterance)
+        for utterance in models[name] if is_model else [name]:
+            utterances.append(os.fsdecode(utterance))
+            file = os.path.join(folder, utterances[-1])
             rows.append(rows_of_files.setdefault(file, len(rows_of_files)))
+
+    speakers_of_files = speakers_of(utterances, speaker)
+    speakers = []  # of each side, None for a model of several
+    for start, end in zip(starts, [*starts[1:], len(rows)]):
+        several = set(speakers_of_files[start:end])
+        speakers.append(several.pop() if len(several) == 1 else None)
     return TrialList(
         path,
         sha256(content + enrolments),

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import posixpath
 import re
 import shlex
 import signal
@@ -31,6 +32,10 @@ FIGURES = ('EER', 'minDCF(0.01)', 'minDCF(0.05)')  # the prior of a target with 
 CALIBRATED = ('Cllr', 'minCllr')  # of natural log-likelihood ratios
 REPLICATES = 1000  # of the speakers of a list, for an interval
 FEWEST_SPEAKERS = 5  # below which an interval says nothing
+SPEAKER_RULE = (
+    'the speaker of a file is its first folder, after those that all files of the list share; '
+    '--speaker PATTERN takes another part of its path'
+)
 
 
 # 1. Measures: scores of trials and their normalisation; EER, minDCF and Cllr, and how sure these
@@ -301,31 +306,58 @@ def weighted_eer(targets, others):
 
 
 def number_speakers(labels, pairs, speakers):
-    """Numbers of the speakers of trials, for replicate_figures.
+    """Numbers the speakers of trials, for replicate_figures.
 
     labels: (N,); pairs: int (N, 2), indices into `speakers`, a list of names, None where a model
     has several. Returns (int (N, 2), ''), or (None, why there can be no interval).
     """
     if None in speakers:
-        return None, 'a model has utterances of several speakers'
+        return None, f'a model has utterances of several speakers ({SPEAKER_RULE})'
     number_of = {name: number for number, name in enumerate(sorted(set(speakers)))}
     if len(number_of) < FEWEST_SPEAKERS:
-        return None, f'{len(number_of)} speakers, and {FEWEST_SPEAKERS} are the fewest'
+        return None, (
+            f'it has {len(number_of)} speakers, and at least {FEWEST_SPEAKERS} are needed '
+            f'({SPEAKER_RULE})'
+        )
     numbers = np.array([number_of[name] for name in speakers])[pairs]
     wrong = np.flatnonzero((numbers[:, 0] == numbers[:, 1]) != (np.asarray(labels) == 1))
     if len(wrong):
         enrolment, test = (speakers[name] for name in pairs[wrong[0]])
         kind = 'the same speaker' if labels[wrong[0]] else 'different speakers'
         return None, (
-            f'{len(wrong)} labels contradict the first folders of the files, which are taken for '
-            f'the speakers: a trial of {kind} is of {enrolment} and {test}'
+            f'{len(wrong)} labels contradict the speakers of the files: for example, a trial of '
+            f'{kind} is of {enrolment} and {test} ({SPEAKER_RULE})'
         )
     return numbers, ''
 
 
-def speaker_of(path):
-    """The speaker of a file, by the first part of its path in a list."""
-    return path.split('/')[0]
+def speakers_of(paths, pattern=''):
+    """Returns the speaker of each path of a list.
+
+    pattern: the regular expression of --speaker, whose first group is the speaker. Without it, the
+    speaker is the first folder after those that all paths share. Raises BadInput that names a path
+    in which the pattern finds no speaker.
+    """
+    if pattern:
+        return [speaker_by_pattern(path, pattern) for path in paths]
+    parts = [split_path(path) for path in paths]
+    # The last folder stays: files that are all in one folder are of one speaker.
+    shared = os.path.commonprefix([folders[:-2] for folders in parts])
+    return [folders[len(shared)] for folders in parts]
+
+
+def speaker_by_pattern(path, pattern):
+    """Returns what the first group of a regular expression finds in a path."""
+    match = re.search(pattern, path)
+    if not match or not match[1]:
+        raise BadInput(f'--speaker {pattern}: finds no speaker in {path}')
+    return match[1]
+
+
+def split_path(path):
+    """Returns the folders and the file of a path, without '.' and with '/' or '\\' between them."""
+    path = posixpath.normpath(path.replace('\\', '/'))
+    return path.lstrip('/').split('/')
 
 
 def add_intervals(results, trial_lists):
@@ -764,6 +796,7 @@ def add_scoring_options(parser):
     add('--enrol_list', default='', help='lines `model utterance...`: trials enrol these models')
     add('--train_list', default='data/VoxCeleb2/train_list.txt', help='lines `speaker path`')
     add('--train_path', default='data/VoxCeleb2/train/wav', help='folder of the paths in it')
+    add_speaker_option(add)
 
     add = parser.add_argument_group('kinds of scores').add_argument
     add(
@@ -791,6 +824,31 @@ def add_scoring_options(parser):
     )
     add('--n_cpu', type=number(int, 0), default=default_n_cpu(), help='processes that read files')
     add('--seed', type=number(int, 0, 2**64 - 1), default=10, help='seed of all random draws')
+
+
+def add_speaker_option(add):
+    """Adds --speaker, by the add_argument of a parser or of a group."""
+    add(
+        '--speaker',
+        type=speaker_pattern,
+        default='',
+        metavar='PATTERN',
+        help='regular expression whose first group is the speaker in a path, such as (id\\d+)-; '
+        'without it the first folder, after those that all paths of a list share',
+    )
+
+
+def speaker_pattern(text):
+    """argparse type: a regular expression with a group."""
+    try:
+        groups = re.compile(text).groups
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f'{text} is not a regular expression: {error}') from error
+    if text and not groups:
+        raise argparse.ArgumentTypeError(
+            f'{text} has no group; put the part that is the speaker in brackets, as in (id\\d+)-'
+        )
+    return text
 
 
 def number(kind, low, high=math.inf):

@@ -136,7 +136,9 @@ def train(args):
     """Trains from where --save_path stands to --max_epoch, testing every test_step epochs."""
     with first_process_first():
         dataset = dataLoader.train_loader(**vars(args))
-        trials = dataLoader.read_trial_lists(args.eval_list, args.eval_path, args.enrol_list)
+        trials = dataLoader.read_trial_lists(
+            args.eval_list, args.eval_path, args.enrol_list, args.speaker
+        )
         system, initial_weights = build_system(args, dataset.n_class)
         loader = dataLoader.make_batches(
             dataset, args.batch_size, args.n_cpu, pin_memory=system.on_gpu
@@ -224,7 +226,7 @@ def evaluate(args):
     system, checkpoint = load_model_of(args)
     with first_process_first():
         paths, trial_lists = dataLoader.read_trial_lists(
-            args.eval_list, args.eval_path, args.enrol_list
+            args.eval_list, args.eval_path, args.enrol_list, args.speaker
         )
         if process_rank() == 0:
             dataLoader.check_audio(paths, '--eval_list')

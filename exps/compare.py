@@ -48,7 +48,7 @@ from tools import (
     read_scores,
     read_trial_scores,
     replicate_figures,
-    speaker_of,
+    speakers_of,
     table,
 )
 
@@ -253,7 +253,7 @@ def sample_of(runs, number):
     figures = [operating_points(seed_scores, labels) for seed_scores, _, _ in runs]
     rows = {name: row for row, name in enumerate({name: 0 for trial in names for name in trial})}
     pairs = np.array([[rows[a], rows[b]] for a, b in names])
-    speakers, fault = number_speakers(labels, pairs, [speaker_of(name) for name in rows])
+    speakers, fault = number_speakers(labels, pairs, speakers_of(list(rows)))
     if speakers is None:
         return Sample(figures, None, scores, labels, fault)
     draws = draw_speakers(speakers.max() + 1)

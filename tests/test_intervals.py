@@ -145,11 +145,35 @@ def test_eval_says_how_sure_it_is(six, tmp_path, capsys):
     assert f'{figure["value"]:.2f}% ({low:.2f} to {high:.2f})' in row
 
 
+def test_a_list_without_folders_of_speakers_gets_intervals_by_a_pattern(six, tmp_path, capsys):
+    """As in CN-Celeb: the folders are enroll/ and test/, and the speaker is in the file's name."""
+    lines = []
+    for speaker in range(6):
+        for number in range(3):
+            folder = 'enroll' if number == 0 else 'test'
+            name = f'{folder}/id{speaker}-{number}.wav'
+            write_wav(tmp_path / 'eval' / name, wave(3 * speaker + number, 9000), subtype='PCM_16')
+    for a in range(6):
+        for b in range(6):
+            lines.append(f'{int(a == b)} enroll/id{a}-0.wav test/id{b}-1.wav\n')
+    Path(six['eval_list']).write_text(''.join(lines))
+
+    evaluate(six, tmp_path / '0.model', tmp_path / 'one')
+    note = capsys.readouterr().out
+    assert six['eval_list'] in note
+    assert '--speaker' in note
+    assert ' to ' not in note.splitlines()[-1]
+    evaluate(six, tmp_path / '0.model', tmp_path / 'two', speaker=r'(id\d+)-')
+    assert ' to ' in capsys.readouterr().out.splitlines()[-1]
+    entry = json.loads((tmp_path / 'two/results.json').read_text())['lists'][six['eval_list']]
+    assert entry['speakers'] == 6
+
+
 @pytest.mark.parametrize(
     'change, words',
     [
-        (lambda text: text.replace('id1/', 'id0/').replace('id2/', 'id0/'), '4 speakers, and 5'),
-        (lambda text: re.sub('^0', '1', text, count=1, flags=re.M), 'contradict the first folders'),
+        (lambda text: text.replace('id1/', 'id0/').replace('id2/', 'id0/'), '4 speakers'),
+        (lambda text: re.sub('^0', '1', text, count=1, flags=re.M), 'contradict'),
     ],
 )
 def test_a_list_of_unknown_speakers_gets_no_interval(six, tmp_path, capsys, change, words):
