@@ -328,7 +328,8 @@ class ECAPAModel(nn.Module):
                 continue
             if len(audio) > LONGEST:
                 long.append(paths[index])
-            window.append((index, audio.to(self.device, non_blocking=True)))
+            # A copy on a CPU too: a worker's tensor holds shared memory and an open file.
+            window.append((index, audio.to(self.device, non_blocking=True, copy=True)))
             frames += 1 + len(audio) // HOP
             if frames > WINDOW_FRAMES:
                 self.embed_window(window, embeddings)

@@ -851,8 +851,13 @@ def speaker_pattern(text):
     return text
 
 
-def number(kind, low, high=math.inf):
-    """argparse type: an int or float (kind) in [low, high]."""
+LARGEST = {int: 2**31 - 1, float: sys.float_info.max}
+
+
+def number(kind, low, high=None):
+    """Returns an argparse type: a finite int or float (kind) in [low, high]."""
+    if high is None:
+        high = LARGEST[kind]
 
     def convert(text):
         value = kind(text)

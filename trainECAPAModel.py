@@ -91,13 +91,13 @@ def make_parser():
 
     add = parser.add_argument_group('model and loss').add_argument
     add('--C', type=number(int, 8), help='channels; without it those of --initial_model, else 1024')
-    add('--m', type=number(float, 0, math.pi), default=0.2,
+    add('--m', '--margin', type=number(float, 0, math.pi), default=0.2,
         help='margin of AAM-softmax, in radians')
     add('--margin_from', type=number(float, 0, math.pi),
         help='margin at the beginning; without it --m throughout')
     add('--margin_epochs', type=number(float, 0), nargs=2, default=[0.0, 1.0],
         metavar=('FROM', 'TO'), help='finished epochs between which the margin grows to --m')
-    add('--s', type=number(float, 0), default=30, help='scale of AAM-softmax')
+    add('--s', '--scale', type=number(float, 0), default=30, help='scale of AAM-softmax')
     add('--n_class', type=number(int, 1), help='speakers; without it those in --train_list')
     add('--keep_classifier', action='store_true',
         help="train on the speakers of --initial_model's classifier, or stop")
