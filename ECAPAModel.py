@@ -35,8 +35,8 @@ from dataLoader import (
     read_trial_lists,
     read_utterance,
 )
-from loss import AAMsoftmax
-from model import ECAPA_TDNN, HOP
+from loss import LOSSES, loss_of
+from model import ENCODERS, HOP, encoder_of
 from tools import BadInput, Scored, process_count, process_rank, say
 
 LOOK_EVERY = 10  # steps of a GPU between two looks at their losses, for which the host waits
@@ -73,7 +73,7 @@ class ECAPAModel(nn.Module):
         device='auto', precision='auto', n_cpu=0, compile=False,
         optimizer='adam', weight_decay=2e-5, clip=0.0, accumulate=1, freeze_epochs=0,
         schedule='step', min_lr=0.0, warmup=0.0, max_epoch=80,
-        margin_from=None, margin_epochs=(0.0, 1.0), no_specaug=False,
+        margin_from=None, margin_epochs=(0.0, 1.0), no_specaug=False, encoder='ecapa', loss='aam',
         **published,
     ):  # fmt: skip
         super().__init__()
@@ -93,10 +93,14 @@ class ECAPAModel(nn.Module):
         self.n_cpu = n_cpu
         self.warned_of_waiting = False
 
-        self.speaker_encoder = ECAPA_TDNN(C=C).to(self.device)
+        self.encoder_name = encoder
+        self.C = C
+        self.n_class = n_class
+        self.speaker_encoder = ENCODERS[encoder](C).to(self.device)
         if no_specaug:
             self.speaker_encoder.specaug = nn.Identity()
-        self.speaker_loss = AAMsoftmax(n_class=n_class, m=m, s=s).to(self.device)
+        self.embedding_size = self.speaker_encoder.embedding_size
+        self.speaker_loss = LOSSES[loss](n_class, m, s, self.embedding_size).to(self.device)
         self.train_encode = self.speaker_encoder.encode
         if compile:
             self.train_encode = torch.compile(self.train_encode)
@@ -139,7 +143,7 @@ class ECAPAModel(nn.Module):
             warnings.simplefilter('ignore', UserWarning)
             self.scheduler.step(epoch - 1)
         done = epoch - 1 + share
-        self.speaker_loss.m = self.margin_at(done)
+        self.speaker_loss.set_margin(self.margin_at(done))
         rate = self.rate_at(done)
         self.optim.param_groups[0]['lr'] = rate
         return rate
@@ -186,7 +190,7 @@ class ECAPAModel(nn.Module):
             loss, accuracy = self(part, part_labels)
             share = len(part) / len(audio)
             (loss * share).backward()
-            totals += share * torch.stack([loss.detach(), accuracy[0]])
+            totals += share * torch.stack([loss.detach(), accuracy.squeeze()])
 
         parameters = [p for p in self.parameters() if p.grad is not None]
         if process_count() > 1:
@@ -315,7 +319,7 @@ class ECAPAModel(nn.Module):
             utterances, 'evaluating', len(mine), unit='file', disable=hide, leave=False
         )
 
-        embeddings = torch.zeros(len(paths), 2, 192, device=self.device)
+        embeddings = torch.zeros(len(paths), 2, self.embedding_size, device=self.device)
         window = []
         frames = 0
         faults = []
@@ -403,7 +407,7 @@ class ECAPAModel(nn.Module):
     def save_parameters(self, path):
         """Writes the flat state dict of the published format.
 
-        Its names are speaker_encoder.* and speaker_loss.weight.
+        Its names are speaker_encoder.* and speaker_loss.*.
         """
         tools.write_whole(path, lambda file: torch.save(self.state_dict(), file))
 
@@ -510,7 +514,7 @@ def load_cohort(system, checkpoint, files):
         return None
     path = f'{checkpoint["path"]}.cohort.npz'
     key = f'{checkpoint["sha256"]} {tools.sha256(os.fsencode(repr((files, None))))}'
-    cohort = read_cohort(path, key, len(files))
+    cohort = read_cohort(path, key, (len(files), 2, system.embedding_size))
     # One process may read the file just before another one writes it.
     if all(tools.gather([cohort is not None])):
         return cohort
@@ -524,12 +528,12 @@ def load_cohort(system, checkpoint, files):
     return cohort
 
 
-def read_cohort(path, key, speakers):
+def read_cohort(path, key, shape):
     """The cohort in a file of load_cohort; None where there is none, or it is another one."""
     broken = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile)
     with contextlib.suppress(*broken), np.load(path) as kept:
         cohort = kept['cohort']
-        fits = cohort.dtype == np.float32 and cohort.shape == (speakers, 2, 192)
+        fits = cohort.dtype == np.float32 and cohort.shape == shape
         if fits and str(kept['key']) == key and np.isfinite(cohort).all():
             return cohort
     return None
@@ -574,10 +578,8 @@ def resume(system, folder, identity, force=False):
     if path is None:
         return None, []
 
-    saved_identity = state.get('identity', {})
-    if saved_identity:
-        # Runs that began before there was --codec had none.
-        saved_identity = {'codec': 0.0, **saved_identity}
+    # Weights without a .state, and runs that began before an option was there, say only this.
+    saved_identity = {**describe(weights), **state.get('identity', {})}
     changes = []
     for name, value in identity.items():
         saved = saved_identity.get(name, value)
@@ -595,12 +597,11 @@ def resume(system, folder, identity, force=False):
             )
         )
 
-    if load_weights(system, weights, path):
-        _, speakers = checkpoint_sizes(weights)
+    left_out = load_weights(system, weights, path)
+    if left_out:
         raise BadInput(
-            f'{path}: cannot be continued: it has {speakers} speakers, this run '
-            f'{len(system.speaker_loss.weight)}; choose another --save_path, and --initial_model '
-            'to start from it'
+            f'{path}: cannot be continued: {left_out[0]} does not fit; choose another --save_path, '
+            'and --initial_model to start from it'
         )
     if 'optim' in state:
         load_optimiser(system.optim, state['optim'], path)
@@ -626,10 +627,10 @@ def load_optimiser(optim, saved, path):
 
 
 def load_weights(system, weights, path):
-    """Loads a state dict, read from `path`; returns the names left out.
+    """Loads a state dict that was read from `path`.
 
-    These are those of a classifier of other speakers. Raises BadInput for an encoder that does not
-    fit.
+    Returns the names left out: those of the classifier, if it is for other speakers or another
+    loss. Raises BadInput if the encoder does not fit.
     """
     own = system.state_dict()
     unfit = []
@@ -638,11 +639,12 @@ def load_weights(system, weights, path):
             unfit.append(name)
     encoder = [name for name in unfit if name.startswith('speaker_encoder.')]
     if encoder:
-        channels, _ = checkpoint_sizes(weights)
+        found = describe(weights)
         raise BadInput(
             f'{path}: the encoder does not fit: {len(encoder)} tensors are missing, unknown or of '
-            f'another shape, {encoder[0]} for one; it has {channels} channels, the model '
-            f'{system.speaker_encoder.conv1.out_channels} (--C)'
+            f'another shape, for example {encoder[0]}; the checkpoint is of --encoder '
+            f'{found["encoder"]} with --C {found["C"]}, the model is {system.encoder_name} with '
+            f'{system.C}'
         )
     fitting = {name: tensor for name, tensor in weights.items() if name not in unfit}
     system.load_state_dict(fitting, strict=False)
@@ -678,16 +680,18 @@ def own_options(args):
 
 def model_of(weights, path, **options):
     """ECAPAModel with the weights that were read from `path`; options: as in load_model."""
-    C, n_class = checkpoint_sizes(weights)
-    for name, size in (('C', C), ('n_class', n_class)):
-        wanted = options.pop(name, None)
-        if wanted not in (None, size):
+    found = describe(weights)
+    for name in ('C', 'n_class'):
+        wanted = options.get(name)
+        if wanted not in (None, found[name]):
             raise BadInput(
-                f'--{name} {wanted} contradicts {path}, where it is {size}; leave it out'
+                f'--{name} {wanted} contradicts {path}, where it is {found[name]}; leave it out'
             )
     training = {'lr': 0.001, 'lr_decay': 0.97, 'm': 0.2, 's': 30, 'test_step': 1}
-    system = ECAPAModel(C=C, n_class=n_class, **{**training, **options})
-    load_weights(system, weights, path)
+    system = ECAPAModel(**{**training, **options, **found})
+    left_out = load_weights(system, weights, path)
+    if left_out:
+        raise BadInput(f'{path}: {left_out[0]} does not fit the loss {found["loss"]}')
     return system
 
 
@@ -769,11 +773,12 @@ def read_checkpoint(path):
                 f'{path}: not a checkpoint of this model: holds both {name} and module.{name}'
             )
     state = {name.removeprefix('module.'): tensor for name, tensor in state.items()}
-    expected = {'speaker_encoder.conv1.weight': (80, 5), 'speaker_loss.weight': (192,)}
-    for name, shape in expected.items():
-        if name not in state or state[name].shape[1:] != shape or not len(state[name]):
+    found = describe(state)
+    for part, known in (('encoder', ENCODERS), ('loss', LOSSES)):
+        if found[part] is None:
             raise BadInput(
-                f'{path}: not a checkpoint of this model: {name} is missing or has another shape'
+                f'{path}: not a checkpoint of this model: the tensors speaker_{part}.* are missing '
+                f'or belong to another {part} than {" or ".join(known)}'
             )
     for name, tensor in state.items():
         if not tensor.float().isfinite().all():
@@ -795,9 +800,23 @@ def is_flat_dictionary(state):
     return True
 
 
-def checkpoint_sizes(state):
-    """(channels C, number of speakers) of a checkpoint's state dict."""
-    return len(state['speaker_encoder.conv1.weight']), len(state['speaker_loss.weight'])
+def describe(state):
+    """Tells from a checkpoint's state dict which encoder and loss it belongs to.
+
+    Returns {'encoder', 'C', 'loss', 'n_class'}, with None where that is unknown.
+    """
+    encoder, C = encoder_of(part_of(state, 'speaker_encoder.'))
+    loss, n_class = loss_of(part_of(state, 'speaker_loss.'))
+    return {'encoder': encoder, 'C': C, 'loss': loss, 'n_class': n_class}
+
+
+def part_of(state, prefix):
+    """Returns the tensors whose names begin with `prefix`, without it."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in state.items()
+        if name.startswith(prefix)
+    }
 
 
 def read_file(path, role):

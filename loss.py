@@ -1,4 +1,4 @@
-"""AAM-softmax: additive angular margin softmax, the classifier and loss of training."""
+"""The classifier and loss of training: AAM-softmax (additive angular margin softmax)."""
 
 import math
 
@@ -12,18 +12,33 @@ from tools import accuracy
 class AAMsoftmax(nn.Module):
     """Additive angular margin softmax (Deng et al., ArcFace, CVPR 2019, eq. 3).
 
-    n_class: speakers; m: margin in radians; s: scale of the cosines. `weight` is (n_class, 192).
+    n_class: speakers; m: margin in radians; s: scale of the cosines; size: numbers in an embedding.
+    Every loss is made with these four and has the methods of this one.
     """
 
-    def __init__(self, n_class, m, s):
+    def __init__(self, n_class, m, s, size=192):
         super().__init__()
         self.m = m
         self.s = s
-        self.weight = nn.Parameter(torch.empty(n_class, 192))
+        self.weight = nn.Parameter(torch.empty(n_class, size))
         nn.init.xavier_normal_(self.weight, gain=1)
 
+    def set_margin(self, margin):
+        """Sets the margin, which may grow during training."""
+        self.m = margin
+
+    @staticmethod
+    def classes_of(state):
+        """Returns n_class of a state dict of this loss; None if it belongs to another loss.
+
+        A loss without weights returns 0 for an empty state dict.
+        """
+        if state.keys() != {'weight'} or state['weight'].ndim != 2:
+            return None
+        return len(state['weight']) or None
+
     def forward(self, x, label):
-        """x: (B, 192) embeddings; label: (B,) speakers. Returns (loss, top-1 accuracy in percent).
+        """x: (B, size) embeddings; label: (B,) speakers. Returns (loss, top-1 accuracy in percent).
 
         The accuracy counts the logits with the margin: the nearest speaker is the right one more
         often.
@@ -42,3 +57,19 @@ class AAMsoftmax(nn.Module):
 
         logits = cosine.scatter(1, label.view(-1, 1), with_margin) * self.s
         return F.cross_entropy(logits, label), accuracy(logits.detach(), label)[0]
+
+
+LOSSES = {'aam': AAMsoftmax}
+
+
+def loss_of(state):
+    """Finds the loss that a state dict belongs to.
+
+    Returns (name in LOSSES, number of classes), or (None, None) if it belongs to none of them.
+    Losses whose tensors have the same names are not told apart: the first one is returned.
+    """
+    for name, loss in LOSSES.items():
+        n_class = loss.classes_of(state)
+        if n_class is not None:
+            return name, n_class
+    return None, None

@@ -5,12 +5,16 @@ and shapes are those of the published checkpoint. In the comments B is the batch
 the channels.
 """
 
+import math
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchaudio
 from torch import nn
 from torch.distributed._functional_collectives import all_reduce
+
+from tools import BadInput
 
 HOP = 160  # samples, 10 ms
 
@@ -125,23 +129,56 @@ class SEModule(nn.Module):
         return self.se(means.unsqueeze(2))
 
 
-class ECAPA_TDNN(nn.Module):
+class Encoder(nn.Module):
+    """What all encoders share: log-mel features and SpecAugment, and the size of an embedding.
+
+    A network derives from this class, has an entry in ENCODERS and defines `encode` and
+    `channels_of`, as ECAPA_TDNN does. It is made with the number of channels only.
+    """
+
+    embedding_size = 192
+
+    def __init__(self):
+        super().__init__()
+        with torch.device('cpu'):
+            mel = torchaudio.transforms.MelSpectrogram(
+                sample_rate=16000,
+                n_fft=512,
+                win_length=400,
+                hop_length=HOP,
+                f_min=20,
+                f_max=7600,
+                n_mels=80,
+                window_fn=torch.hamming_window,
+            )
+        self.torchfbank = nn.Sequential(PreEmphasis(), mel)
+        self.specaug = FbankAug()
+
+    def forward(self, x, aug):
+        """x: (B, samples) waveforms at 16 kHz in [-1, 1]; aug: whether to mask (SpecAugment).
+
+        Returns embeddings (B, embedding_size), not normalised. No gradient flows to x.
+        """
+        return self.encode(self.features(x, aug))
+
+    @torch.no_grad()
+    def features(self, x, aug=False):
+        """Computes the log-mel spectrogram of (B, samples), masked at random if aug is true.
+
+        Returns (B, 80, 1 + samples // 160), in which each band has a mean of 0 over time.
+        """
+        x = (self.torchfbank(x) + 1e-6).log()  # (B, 80, T)
+        x = x - x.mean(dim=-1, keepdim=True)
+        return self.specaug(x) if aug else x
+
+
+class ECAPA_TDNN(Encoder):
     """Speaker encoder with C channels in the frame-level layers; C must be a multiple of 8."""
 
     def __init__(self, C):
         super().__init__()
-        mel = torchaudio.transforms.MelSpectrogram(
-            sample_rate=16000,
-            n_fft=512,
-            win_length=400,
-            hop_length=HOP,
-            f_min=20,
-            f_max=7600,
-            n_mels=80,
-            window_fn=torch.hamming_window,
-        )
-        self.torchfbank = nn.Sequential(PreEmphasis(), mel)
-        self.specaug = FbankAug()
+        if C % 8:
+            raise BadInput(f'--C {C}: it must be a multiple of 8, as channels are cut in 8 groups')
         self.conv1 = nn.Conv1d(80, C, kernel_size=5, stride=1, padding=2)
         self.relu = nn.ReLU()
         self.bn1 = BatchNorm(C)
@@ -157,25 +194,16 @@ class ECAPA_TDNN(nn.Module):
             nn.Conv1d(256, 1536, kernel_size=1),
         )
         self.bn5 = BatchNorm(3072)
-        self.fc6 = nn.Linear(3072, 192)
-        self.bn6 = BatchNorm(192)
+        self.fc6 = nn.Linear(3072, self.embedding_size)
+        self.bn6 = BatchNorm(self.embedding_size)
 
-    def forward(self, x, aug):
-        """x: (B, samples) waveforms at 16 kHz in [-1, 1]; aug: whether to mask (SpecAugment).
-
-        Returns (B, 192) embeddings, not normalised. No gradient flows to x.
-        """
-        return self.encode(self.features(x, aug))
-
-    @torch.no_grad()
-    def features(self, x, aug=False):
-        """Log-mel spectrogram (B, 80, 1 + samples // 160) of (B, samples), masked at random if aug.
-
-        Each band's mean over time is taken off.
-        """
-        x = (self.torchfbank(x) + 1e-6).log()  # (B, 80, T)
-        x = x - x.mean(dim=-1, keepdim=True)
-        return self.specaug(x) if aug else x
+    @staticmethod
+    def channels_of(state):
+        """Returns C of a state dict of this network; None if it belongs to another network."""
+        first = state.get('conv1.weight')
+        if first is None or first.shape[1:] != (80, 5) or not len(first):
+            return None
+        return len(first)
 
     def encode(self, x, frames=None):
         """Embeddings (B, 192) of features (B, 80, T).
@@ -237,6 +265,29 @@ class ECAPA_TDNN(nn.Module):
         weighted_mean, weighted_square = Moments.apply(values, logits)  # (B, 1536) each
         weighted_variance = weighted_square - weighted_mean * weighted_mean
         return torch.cat((weighted_mean, weighted_variance.clamp(min=1e-4).sqrt()), dim=1)
+
+
+ENCODERS = {'ecapa': ECAPA_TDNN}
+
+
+def encoder_of(state):
+    """Finds the network that a state dict belongs to.
+
+    Returns (name in ENCODERS, channels C), or (None, None) if it belongs to none of them.
+    """
+    found = None, None
+    fewest = math.inf
+    for name, network in ENCODERS.items():
+        C = network.channels_of(state)
+        if C is None:
+            continue
+        # A network that was made from another one has tensors of other names.
+        with torch.device('meta'):
+            others = len(network(C).state_dict().keys() ^ state.keys())
+        if others < fewest:
+            found = name, C
+            fewest = others
+    return found
 
 
 # Machinery: means with gradients of their own, and the batch norm of several processes.

@@ -20,7 +20,7 @@ from ECAPAModel import (
     Diverged,
     Done,
     ECAPAModel,
-    checkpoint_sizes,
+    describe,
     load_cohort,
     load_model_of,
     load_weights,
@@ -31,6 +31,8 @@ from ECAPAModel import (
     save_training,
     saved_models,
 )
+from loss import LOSSES
+from model import ENCODERS
 from tools import BadInput, first_process_first, number, process_count, process_rank, say
 
 
@@ -90,7 +92,9 @@ def make_parser():
         help='percent of the training files that may be unusable')
 
     add = parser.add_argument_group('model and loss').add_argument
-    add('--C', type=number(int, 8), help='channels; without it those of --initial_model, else 1024')
+    add('--encoder', choices=ENCODERS, default='ecapa', help='network in model.py')
+    add('--loss', choices=LOSSES, default='aam', help='classifier and loss in loss.py')
+    add('--C', type=number(int, 1), help='channels; without it those of --initial_model, else 1024')
     add('--m', '--margin', type=number(float, 0, math.pi), default=0.2,
         help='margin of AAM-softmax, in radians')
     add('--margin_from', type=number(float, 0, math.pi),
@@ -296,24 +300,48 @@ def build_system(args, speakers):
     weights = None
     if args.initial_model:
         weights, _ = read_checkpoint(args.initial_model)
-        channels, trained = checkpoint_sizes(weights)
-        if C not in (None, channels):
+        found = describe(weights)
+        if found['encoder'] != args.encoder:
             raise BadInput(
-                f'--C {C} contradicts {args.initial_model}, which has {channels} channels; leave '
+                f'--encoder {args.encoder} contradicts {args.initial_model}; give --encoder '
+                f'{found["encoder"]}'
+            )
+        if C not in (None, found['C']):
+            raise BadInput(
+                f'--C {C} contradicts {args.initial_model}, which has {found["C"]} channels; leave '
                 '--C out'
             )
-        C = channels
+        C = found['C']
         if args.keep_classifier:
-            check_classifier(args, trained, speakers)
-            n_class = trained
+            n_class = found['n_class']
+            check_classifier(args, n_class, speakers)
     C = C or 1024
-    if C % 8:
-        raise BadInput(f'--C {C}: it must be a multiple of 8, as channels are cut into 8 groups')
 
     if args.precision == 'exact':
         torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(args.seed)
-    return ECAPAModel(**{**own_options(args), 'C': C, 'n_class': n_class}), weights
+    system = ECAPAModel(**{**own_options(args), 'C': C, 'n_class': n_class})
+    check_description(system, args)
+    return system, weights
+
+
+def check_description(system, args):
+    """Raises BadInput if a checkpoint of the system would be taken for one of another kind.
+
+    Found out before the training, not when its first checkpoint is read again.
+    """
+    found = describe(system.state_dict())
+    if (found['encoder'], found['C']) != (args.encoder, system.C):
+        raise BadInput(
+            f'--encoder {args.encoder}: its checkpoints would be read as {found["encoder"]} with '
+            f'{found["C"]} channels; see channels_of in model.py, and give its tensors names of '
+            'their own'
+        )
+    if found['n_class'] not in (0, system.n_class):
+        raise BadInput(
+            f'--loss {args.loss}: its checkpoints would be read as {found["loss"]} of '
+            f'{found["n_class"]} speakers; see classes_of in loss.py'
+        )
 
 
 def check_options(args, speakers):
@@ -358,7 +386,7 @@ def print_plan(system, loader, trials, args):
     """Prints what the run will do; raises BadInput where there is no room for its results."""
     dataset = loader.dataset
     encoder = sum(parameter.numel() for parameter in system.speaker_encoder.parameters())
-    classes, width = system.speaker_loss.weight.shape
+    classifier = sum(parameter.numel() for parameter in system.speaker_loss.parameters())
     clips = ', '.join(f'{len(files.paths)} {kind}' for kind, files in dataset.noises.items())
     codecs = f'; codecs {", ".join(dataset.codecs)}' if dataset.codecs else ''
     processes = f'{process_count()} processes on ' if process_count() > 1 else ''
@@ -372,8 +400,8 @@ def print_plan(system, loader, trials, args):
         f'augmentation  {clips} files, {len(dataset.rirs):,} RIRs{codecs}\n'
         f'evaluation    {count:,} trials over {len(paths):,} files ({", ".join(args.eval_list)})\n'
         f'an epoch      {len(loader):,} steps of {args.batch_size} utterances\n'
-        f'parameters    {encoder:,} in the encoder, {classes * width:,} in the classifier of '
-        f'{classes:,} speakers'
+        f'parameters    {encoder:,} in the encoder, {classifier:,} in the classifier of '
+        f'{system.n_class:,} speakers'
     )
     if args.max_epoch % args.test_step:
         say(
@@ -381,7 +409,7 @@ def print_plan(system, loader, trials, args):
             'multiple of --test_step'
         )
     with first_process_first():
-        check_room(args, 4 * (encoder + classes * width))
+        check_room(args, 4 * (encoder + classifier))
 
 
 def check_room(args, size):
@@ -418,14 +446,15 @@ def run_identity(system, dataset, trials, args):
     names = [
         'num_frames', 'batch_size', 'test_step', 'accumulate', 'freeze_epochs', 'lr', 'lr_decay',
         'm', 's', 'seed', 'initial_model', 'optimizer', 'weight_decay', 'clip', 'schedule',
-        'min_lr', 'warmup', 'augment', 'no_specaug', 'margin_from', 'margin_epochs',
+        'min_lr', 'warmup', 'augment', 'no_specaug', 'margin_from', 'margin_epochs', 'encoder',
+        'loss',
     ]  # fmt: skip
     if args.schedule == 'cosine':
         names.append('max_epoch')
     identity = {name: getattr(args, name) for name in names}
     identity['speed_perturb'] = 'drawn' if args.speed_perturb else False
-    identity['C'] = system.speaker_encoder.conv1.out_channels
-    identity['n_class'] = len(system.speaker_loss.weight)
+    identity['C'] = system.C
+    identity['n_class'] = system.n_class
     identity['precision'] = system.precision
     identity['train_list'] = f'SHA-256 {dataset.list_sha256[:16]}'
     identity['eval_list'] = ' '.join(f'SHA-256 {one.sha256[:16]}' for one in trials[1])
@@ -450,6 +479,11 @@ def resume_or_begin(system, initial_weights, identity, args):
         notes += [f'--force: {change}' for change in changes]
     elif initial_weights:
         left_out = load_weights(system, initial_weights, args.initial_model)
+        if left_out and args.keep_classifier:
+            raise BadInput(
+                f'--keep_classifier: {left_out[0]} of {args.initial_model} does not fit --loss '
+                f'{args.loss}'
+            )
         notes = [f'from {args.initial_model}', *(f'left out: {name}' for name in left_out)]
     else:
         notes = ['from random weights']

@@ -12,7 +12,7 @@ import torch
 from conftest import portable_system, wave, weights, write_wav
 
 import dataLoader
-from ECAPAModel import ECAPAModel, checkpoint_sizes
+from ECAPAModel import ECAPAModel, describe
 from loss import AAMsoftmax
 from tools import ComputeErrorRates, ComputeMinDcf, operating_points, tuneThresholdfromScore
 
@@ -277,4 +277,4 @@ def test_published_checkpoint_format(golden, tmp_path):
     state = weights(tmp_path / 'model.model')
     assert list(state) == list(expected)
     assert {name: list(tensor.shape) for name, tensor in state.items()} == expected
-    assert checkpoint_sizes(state) == (1024, 5994)
+    assert describe(state) == {'encoder': 'ecapa', 'C': 1024, 'loss': 'aam', 'n_class': 5994}

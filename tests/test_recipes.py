@@ -31,15 +31,12 @@ def run(*flags, **options):
 def test_the_defaults_of_the_class_are_those_of_the_command():
     """Except n_cpu: a script that embeds two files need not start processes."""
     parser = trainECAPAModel.make_parser()
-    compared = 0
     for name, parameter in inspect.signature(ECAPAModel).parameters.items():
         if parameter.default is not inspect.Parameter.empty and name != 'n_cpu':
             default = parser.get_default(name)
             if isinstance(default, list):
                 default = tuple(default)
             assert parameter.default == default, name
-            compared += 1
-    assert compared == 15
 
 
 def test_a_misspelt_option_is_an_error():
