@@ -7,7 +7,6 @@ import glob
 import hashlib
 import io
 import json
-import math
 import os
 import platform
 import posixpath
