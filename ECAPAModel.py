@@ -34,6 +34,7 @@ from dataLoader import (
     read_audio,
     read_trial_lists,
     read_utterance,
+    require,
 )
 from loss import LOSSES, loss_of
 from model import ENCODERS, HOP, encoder_of
@@ -45,6 +46,21 @@ CPU_BATCH_FRAMES = 4096  # larger ones do not stay in the cache
 WINDOW_FRAMES = 8 * BATCH_FRAMES  # frames read before they are sorted by length into batches
 SHAPE_STEP = 64  # of lengths of batches on a GPU: cuDNN plans again for each shape that it meets
 LONGEST = 300 * RATE  # samples of a recording that is embedded in one piece
+
+# What people download or convert in place of a checkpoint, by how it begins.
+OTHER_FILES = {
+    rb'version https://git-lfs': (
+        'it is a Git LFS pointer, which stands for the file: run `git lfs pull` in its repository, '
+        'or download the file itself'
+    ),
+    rb'\s*<(!doctype|html|head|\?xml|!--)': (
+        'it is a web page (HTML): download the file itself, by its "raw" or "download" link'
+    ),
+    rb'.{8}\{\s*"': (
+        'it is a safetensors file: in Python, torch.save(safetensors.torch.load_file(FILE), OUT) '
+        'converts it'
+    ),
+}
 
 # What scripts for the published code pass on besides, with ECAPAModel(**vars(args)).
 PUBLISHED_OPTIONS = {
@@ -633,6 +649,12 @@ def load_weights(system, weights, path):
     loss. Raises BadInput if the encoder does not fit.
     """
     own = system.state_dict()
+
+    # Filters and counts are the same in every model, so a checkpoint may lack them.
+    for name, tensor in system.named_buffers():
+        if not name.endswith(('running_mean', 'running_var')):
+            weights = {name: tensor, **weights}
+
     unfit = []
     for name in own | weights:
         if name not in own or name not in weights or own[name].shape != weights[name].shape:
@@ -665,6 +687,7 @@ def load_model_of(args):
     """(ECAPAModel of --initial_model, {'path', 'sha256'} of it) with a command's other options."""
     if not args.initial_model:
         raise BadInput('--initial_model is needed: the checkpoint to score')
+    require(os.path.isfile, args.initial_model, '--initial_model')
     weights, sha256 = read_checkpoint(args.initial_model)
     if args.precision == 'exact':
         torch.backends.cudnn.allow_tf32 = False
@@ -700,10 +723,8 @@ def prune(folder, keep, epoch):
 
     The newest 2 states and `keep` models stay (0 keeps all).
     """
-    newest_state = os.path.join(folder, f'model_{epoch:04d}.state')
-    states = sorted(glob.glob(glob.escape(folder) + '/model_*.state'))
-    states = [path for path in states if path <= newest_state]
-    removed = states[:-2]
+    states = [path for path, saved in saved_files(folder, 'state').items() if saved <= epoch]
+    removed = states[2:]
     if keep:
         models = [path for path, saved in saved_models(folder).items() if saved <= epoch]
         removed += models[keep:]
@@ -715,64 +736,98 @@ def prune(folder, keep, epoch):
 
 def saved_models(folder):
     """{path of a checkpoint: its epoch} in a run's folder of models, the newest first."""
-    models = {}
-    for path in sorted(glob.glob(glob.escape(folder) + '/model_[0-9]*.model'), reverse=True):
-        match = re.fullmatch(r'model_(\d+)\.model', os.path.basename(path))
+    return saved_files(folder, 'model')
+
+
+def saved_files(folder, ending):
+    """{path: epoch} of the files model_EPOCH.ENDING in a folder, the newest first.
+
+    There are none if there is no such folder. Raises BadInput for a folder that cannot be read, as
+    it may hold a run.
+    """
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise BadInput(f'{folder}: cannot be read ({error.strerror})') from error
+
+    epochs = {}
+    for name in names:
+        match = re.fullmatch(rf'model_(\d+)\.{ending}', name, re.ASCII)
         if match:
-            models[path] = int(match[1])
-    return models
+            epochs[os.path.join(folder, name)] = int(match[1])
+    return dict(sorted(epochs.items(), key=lambda item: item[1], reverse=True))
 
 
 def newest_checkpoint(folder):
     """(path, weights, state) of the newest of a run's checkpoints that can be read.
 
-    Those with a state are preferred; (None, None, None) where there is none. Says on standard error
-    which files cannot be used.
+    Those with a state are preferred. Returns (None, None, None) for a folder without checkpoints,
+    and says on standard error which files are damaged. Raises BadInput if all of them are; and at
+    once for an error that is not damage, for example a disk that does not answer.
     """
-    without_state = None, None, None
-    for path, epoch in saved_models(folder).items():
-        state_path = path.removesuffix('.model') + '.state'
-        has_state = os.path.exists(state_path)
-        if without_state[0] and not has_state:
-            continue
-        try:
+    models = saved_models(folder)
+    states = {epoch: path for path, epoch in saved_files(folder, 'state').items()}
+    faults = []
+
+    # A model with the optimiser's state beside it: the run continues exactly.
+    for path, epoch in models.items():
+        if epoch in states:
+            with report_damage(faults):
+                weights, _ = read_checkpoint(path)
+                return path, weights, read_state(states[epoch], epoch)
+
+    # A model only, as other programs write it: the optimiser begins again.
+    for path, epoch in models.items():
+        with report_damage(faults):
             weights, _ = read_checkpoint(path)
-            if not without_state[0]:
-                without_state = path, weights, {'epoch': epoch}
-            if has_state:
-                return path, weights, read_state(state_path, epoch)
-        except BadInput as error:
-            print(f'{error}\nlooking for a checkpoint before it', file=sys.stderr)
-    return without_state
+            return path, weights, {'epoch': epoch}
+
+    if models:
+        raise BadInput(
+            f'{folder}: none of its {len(models)} checkpoints can be read, so the run cannot '
+            'continue. Put back a copy of one of them, or choose another --save_path to begin again'
+        )
+    return None, None, None
+
+
+@contextlib.contextmanager
+def report_damage(faults):
+    """Prints a Damaged error of the block and adds it to `faults`, unless it is there already."""
+    try:
+        yield
+    except Damaged as error:
+        if str(error) not in faults:
+            faults.append(str(error))
+            print(f'{error}\nlooking for another checkpoint', file=sys.stderr)
+
+
+class Damaged(BadInput):
+    """A file that was read, and whose content is damaged."""
 
 
 def read_state(path, epoch):
-    """What save_training wrote beside a checkpoint; BadInput where it is something else."""
+    """Reads what save_training wrote beside a checkpoint; Damaged if it is something else."""
     state, _ = read_file(path, 'the state of a training run')
     optim = state.get('optim') if isinstance(state, dict) else None
     if not isinstance(optim, dict) or 'param_groups' not in optim or state.get('epoch') != epoch:
-        raise BadInput(f'{path}: not the state of a training run after epoch {epoch}')
+        raise Damaged(f'{path}: not the state of a training run after epoch {epoch}')
     return state
 
 
 def read_checkpoint(path):
     """(State dict, SHA-256) of a checkpoint.
 
-    Raises BadInput if it is missing, damaged or no checkpoint of this model.
+    Names lose what DataParallel and torch.compile put into them. Raises Damaged for a damaged file,
+    and BadInput if it cannot be read or is not a checkpoint of this model.
     """
-    if not os.path.isfile(path):
-        raise BadInput(f'--initial_model: {path}: no such checkpoint')
     state, sha256 = read_file(path, 'a checkpoint')
     if not is_flat_dictionary(state):
         raise BadInput(
             f'{path}: not a checkpoint of this model: a flat dictionary of tensors was expected'
         )
-    for name in state:
-        if f'module.{name}' in state:
-            raise BadInput(
-                f'{path}: not a checkpoint of this model: holds both {name} and module.{name}'
-            )
-    state = {name.removeprefix('module.'): tensor for name, tensor in state.items()}
+    state = {without_wrappers(name): tensor for name, tensor in state.items()}
     found = describe(state)
     for part, known in (('encoder', ENCODERS), ('loss', LOSSES)):
         if found[part] is None:
@@ -782,22 +837,20 @@ def read_checkpoint(path):
             )
     for name, tensor in state.items():
         if not tensor.float().isfinite().all():
-            raise BadInput(f'{path}: holds numbers that are not finite, in {name}')
+            raise Damaged(f'{path}: holds numbers that are not finite, in {name}')
     return state, sha256
 
 
+def without_wrappers(name):
+    """The name of a tensor without 'module.' and '_orig_mod.', whichever module was wrapped."""
+    return '.'.join(part for part in name.split('.') if part not in ('module', '_orig_mod'))
+
+
 def is_flat_dictionary(state):
-    """Whether something is a dictionary of names and arrays of real numbers."""
+    """Whether something is a dictionary of names and tensors."""
     if not isinstance(state, dict):
         return False
-    for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            return False
-        if tensor.is_nested or tensor.layout != torch.strided:
-            return False
-        if tensor.is_meta or tensor.is_quantized or tensor.is_complex():
-            return False
-    return True
+    return all(isinstance(name, str) and torch.is_tensor(state[name]) for name in state)
 
 
 def describe(state):
@@ -822,38 +875,38 @@ def part_of(state, prefix):
 def read_file(path, role):
     """(What torch.save wrote, on the CPU; SHA-256), running nothing that is in the file.
 
-    Raises BadInput that says what the file is instead.
+    Raises Damaged that says what the file is instead, and BadInput if it cannot be read at all.
     """
-    content = b''
+    content = tools.read_bytes(path)
     try:
-        with open(path, 'rb') as file:
-            content = file.read()
         if zipfile.is_zipfile(io.BytesIO(content)):
             with zipfile.ZipFile(io.BytesIO(content)) as archive:
-                # PyTorch leaves the checksums alone, and a flipped bit would go unnoticed.
+                # PyTorch ignores the checksums, and a flipped bit would go unnoticed.
                 damaged = archive.testzip()
             if damaged:
                 raise zipfile.BadZipFile(f'the checksum of {damaged} is wrong')
         loaded = torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
         return loaded, tools.sha256(content)
     except Exception as error:
-        # torch.load raises a dozen types for damaged files, none of them its own.
-        why = why_unreadable(content, error)
-        raise BadInput(f'{path}: cannot be read as {role}: {why}') from error
+        # torch.load raises a dozen types for damaged files. Lack of memory is not damage.
+        if tools.sentence(error):
+            raise
+        raise Damaged(f'{path}: cannot be read as {role}: {what_it_is(content, error)}') from error
 
 
-def why_unreadable(content, error):
-    """Why bytes cannot be loaded by torch.load, which raised `error`."""
+def what_it_is(content, error):
+    """What bytes are that torch.load refused with `error`, and what to do."""
     code = re.search(r'GLOBAL (\S+)', str(error))
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
     if code:
         return f'it would run code on loading ({code[1]}), where only tensors are expected; refused'
     if not content:
         return 'it is empty (0 bytes)'
     if content.startswith(b'PK'):
         return f'it is damaged or cut short, at {len(content):,} bytes ({tools.summary(error)})'
-    return f'it is no PyTorch file: {len(content):,} bytes that begin with {content[:24]!r}'
+    for sign, meaning in OTHER_FILES.items():
+        if re.match(sign, content, re.DOTALL | re.IGNORECASE):
+            return meaning
+    return f'it is not a PyTorch file: {len(content):,} bytes that begin with {content[:24]!r}'
 
 
 def choose_device(name='auto'):

@@ -694,9 +694,15 @@ def require(exists, path, role):
     """
     if exists(path):
         return
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise BadInput(f'{role}: {path}: cannot be read ({error.strerror})') from error
     kind = 'file' if exists is os.path.isfile else 'folder'
     message = f'{role}: {path}: no such {kind}'
-    if path.startswith('data/') and not os.path.exists('data'):
+    if str(path).startswith('data/') and not os.path.exists('data'):
         message += (
             "\nThere is no folder data/ here. README.md, 'Data', says where VoxCeleb, MUSAN and "
             'the RIRs come from and how to lay them out. Without any, `bash exps/demo/run.sh` '

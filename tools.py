@@ -444,16 +444,13 @@ def read_scores(path):
     line number, on a line of another format.
     """
     scores = []
-    if not os.path.exists(path):
-        return scores
-    with open(path, encoding='utf-8', errors='replace') as lines:
-        for number, line in enumerate(lines, 1):
-            match = SCORE_PATTERN.fullmatch(line.rstrip())
-            if not match:
-                text = line.strip()
-                raise BadInput(f'{path}, line {number}: not a line of a score.txt: {text!r}')
-            epoch, *figures = match.groups()
-            scores.append((int(epoch), *map(float, figures)))
+    text = read_bytes(path, missing=b'').decode('utf-8', errors='replace')
+    for number, line in enumerate(text.splitlines(), 1):
+        match = SCORE_PATTERN.fullmatch(line.rstrip())
+        if not match:
+            raise BadInput(f'{path}, line {number}: not a line of a score.txt: {line.strip()!r}')
+        epoch, *figures = match.groups()
+        scores.append((int(epoch), *map(float, figures)))
     return scores
 
 
@@ -680,6 +677,22 @@ def table(rows):
         cells = [cell.ljust(width) for cell, width in zip(row, widths)]
         lines.append('  '.join(cells).rstrip())
     return '\n'.join(lines)
+
+
+def read_bytes(path, missing=None):
+    """The bytes of a file; `missing` for none, if that is given.
+
+    Raises BadInput that says why the file cannot be read.
+    """
+    try:
+        with open(path, 'rb') as file:
+            return file.read()
+    except FileNotFoundError as error:
+        if missing is not None:
+            return missing
+        raise BadInput(f'{path}: no such file') from error
+    except OSError as error:
+        raise BadInput(f'{path}: cannot be read ({error.strerror})') from error
 
 
 def write_whole(path, write):

@@ -209,13 +209,17 @@ def train_epoch(system, loader, epoch, args):
 def score_epoch(system, trials, scores, args, done):
     """Scores --eval_list after an epoch, and prints the figures.
 
-    Adds a line to `scores` and to score.txt.
+    Puts a line into `scores` and into score.txt; the lines of later epochs, which a run has that
+    lost its newest checkpoints, stay until their epochs are scored again.
     """
     paths, trial_lists = trials
     results = system.score_lists(paths, trial_lists)
     eer = results[0]['raw'].figures['EER']['value']
-    best = min([eer, *(score[4] for score in scores)])
-    scores.append((done.epoch, done.lr, done.loss, done.accuracy, eer, best))
+    earlier = [score for score in scores if score[0] < done.epoch]
+    later = [score for score in scores if score[0] > done.epoch]
+    best = min([eer, *(score[4] for score in earlier)])
+    new = (done.epoch, done.lr, done.loss, done.accuracy, eer, best)
+    scores[:] = [*earlier, new, *later]
     if process_rank() == 0:
         lines = [tools.SCORE_LINE % score for score in scores]
         tools.write_text(args.score_save_path, ''.join(lines))
@@ -299,6 +303,7 @@ def build_system(args, speakers):
     n_class = args.n_class or speakers
     weights = None
     if args.initial_model:
+        dataLoader.require(os.path.isfile, args.initial_model, '--initial_model')
         weights, _ = read_checkpoint(args.initial_model)
         found = describe(weights)
         if found['encoder'] != args.encoder:
@@ -470,10 +475,18 @@ def run_identity(system, dataset, trials, args):
 def resume_or_begin(system, initial_weights, identity, args):
     """Resumes the run in --save_path, or begins one.
 
-    Returns (Done, the lines of score.txt up to that epoch).
+    Returns (Done, the lines of score.txt). Raises BadInput for a score.txt without checkpoints.
     """
     folder = os.path.join(args.save_path, 'model')
+    score_path = os.path.join(args.save_path, 'score.txt')
+    scores = tools.read_scores(score_path)
     done, changes = resume(system, folder, identity, args.force)
+    if scores and not done:
+        raise BadInput(
+            f'{score_path}: holds {len(scores)} scores of a run whose checkpoints are not in '
+            f'{folder}. Put one of them back; or choose another --save_path, or move score.txt '
+            'away, to begin again'
+        )
     if done:
         notes = [f'after epoch {done.epoch}, from {folder}']
         notes += [f'--force: {change}' for change in changes]
@@ -494,8 +507,6 @@ def resume_or_begin(system, initial_weights, identity, args):
         for tensor in system.state_dict().values():
             dist.broadcast(tensor, 0)
     done = done or Done()
-    score_path = os.path.join(args.save_path, 'score.txt')
-    scores = [score for score in tools.read_scores(score_path) if score[0] <= done.epoch]
     seen = set(tools.gather([(done.epoch, done.loss is not None, len(scores))]))
     if len(seen) > 1:
         epochs = sorted(facts[0] for facts in seen)

@@ -230,7 +230,7 @@ def drop_a_tensor(path):
 @pytest.mark.parametrize(
     'spoil, words',
     [
-        (lambda path: path.unlink(), ['no such checkpoint']),
+        (lambda path: path.unlink(), ['--initial_model', 'no such']),
         (lambda path: path.write_bytes(b''), ['cannot be read as a checkpoint']),
         (cut, ['cannot be read as a checkpoint']),
         (lambda path: torch.save(Payload(), path), ['cannot be read as a checkpoint']),

@@ -561,7 +561,10 @@ def old_code(zoo, path):
 
 FOREIGN = {
     'empty': (lambda zoo, path: path.write_bytes(b''), 'empty (0 bytes)'),
-    'text': (lambda zoo, path: path.write_text('version https://git-lfs.github.com'), 'git-lfs'),
+    'text': (
+        lambda zoo, path: path.write_text('version https://git-lfs.github.com'),
+        'git lfs pull',
+    ),
     'audio': (lambda zoo, path: shutil.copy(zoo / 'eval' / NAMES[0], path), 'RIFF'),
     'an archive': (lambda zoo, path: np.savez(open(path, 'wb'), a=1), 'damaged.model'),
     'code': (lambda zoo, path: torch.save({'a': Payload()}, path), 'would run code on loading'),
