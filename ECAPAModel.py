@@ -9,6 +9,7 @@ import functools
 import glob
 import inspect
 import io
+import itertools
 import math
 import os
 import re
@@ -521,18 +522,20 @@ def refuse(faults, count):
 
 
 def load_cohort(system, checkpoint, files):
-    """What embed_speakers returns for files, kept beside the checkpoint for the next time.
+    """Returns what embed_speakers returns for files, and keeps it beside the checkpoint.
 
+    A kept cohort is used, and this is said, if nothing that it was made from has changed.
     checkpoint: {'path', 'sha256'} of the system's weights; files: what choose_cohort returns, None
     for no cohort.
     """
     if files is None:
         return None
     path = f'{checkpoint["path"]}.cohort.npz'
-    key = f'{checkpoint["sha256"]} {tools.sha256(os.fsencode(repr((files, None))))}'
-    cohort = read_cohort(path, key, (len(files), 2, system.embedding_size))
+    key = cohort_key(system, checkpoint, files)
+    cohort = read_cohort(path, key)
     # One process may read the file just before another one writes it.
     if all(tools.gather([cohort is not None])):
+        tools.note(f'the cohort of {len(files):,} speakers is the one kept in {path}')
         return cohort
 
     cohort = system.embed_speakers(files)
@@ -540,18 +543,35 @@ def load_cohort(system, checkpoint, files):
         try:
             tools.write_whole(path, lambda file: np.savez(file, key=key, cohort=cohort))
         except BadInput as error:
-            say(f'note          the cohort is not kept: {error}')
+            tools.note(f'the cohort is not kept: {error}')
     return cohort
 
 
-def read_cohort(path, key, shape):
-    """The cohort in a file of load_cohort; None where there is none, or it is another one."""
+def cohort_key(system, checkpoint, files):
+    """Text that changes with all that a cohort is made from.
+
+    These are the weights, the arithmetic, and which files there are with their sizes and times.
+    """
+    versions = []
+    for path in itertools.chain.from_iterable(files):
+        try:
+            status = os.stat(path)
+            # Its own time too: a copy may keep the time of the original.
+            versions.append((path, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+        except OSError:
+            # Reading it says what is wrong.
+            versions.append((path, None))
+    counts = [len(paths) for paths in files]
+    inputs = (system.precision, system.device.type, counts, versions)
+    return f'{checkpoint["sha256"]} {tools.sha256(os.fsencode(repr(inputs)))}'
+
+
+def read_cohort(path, key):
+    """The cohort in a file of load_cohort; None if there is none, or its key is another one."""
     broken = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile)
     with contextlib.suppress(*broken), np.load(path) as kept:
-        cohort = kept['cohort']
-        fits = cohort.dtype == np.float32 and cohort.shape == shape
-        if fits and str(kept['key']) == key and np.isfinite(cohort).all():
-            return cohort
+        if str(kept['key']) == key:
+            return kept['cohort']
     return None
 
 

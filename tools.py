@@ -941,6 +941,12 @@ def say(text):
         print(text, flush=True)
 
 
+def note(text):
+    """Prints a note once for all processes, on standard error: standard output is for results."""
+    if process_rank() == 0:
+        print(f'note: {text}', file=sys.stderr, flush=True)
+
+
 class BadInput(Exception):
     """The user's input cannot be used: the message says what is wrong, where, and what to do."""
 

@@ -286,28 +286,3 @@ def test_an_export_names_its_own_argument(tmp_path, capsys):
     arguments = [str(tmp_path / 'none.model'), '--out', str(tmp_path / 'a.onnx')]
     message = refusal(capsys, export.main, arguments)
     assert 'none.model: no such' in message and '--initial_model' not in message
-
-
-# The cohort's file.
-
-
-COHORTS = {
-    'an array alone': lambda file, key, cohort: np.save(file, cohort),
-    'another shape': lambda file, key, cohort: np.savez(file, key=key, cohort=cohort[:, 0]),
-    'other speakers': lambda file, key, cohort: np.savez(file, key=key, cohort=cohort[:2]),
-    'another type': lambda file, key, cohort: np.savez(file, key=key, cohort=cohort.astype(float)),
-    'NaN': lambda file, key, cohort: np.savez(file, key=key, cohort=cohort * np.nan),
-}
-
-
-@pytest.mark.parametrize('kind', COHORTS)
-def test_a_cohort_that_cannot_be_used_is_made_anew(tree, model, kind):
-    evaluate(tree, model, score_norm='asnorm')
-    scores = Path(tree['save_path'], 'scores/trials.txt')
-    expected = scores.read_text()
-    with np.load(f'{model}.cohort.npz') as kept:
-        key, cohort = kept['key'], kept['cohort']
-    with open(f'{model}.cohort.npz', 'wb') as file:
-        COHORTS[kind](file, key, cohort)
-    evaluate(tree, model, score_norm='asnorm')
-    assert scores.read_text() == expected
