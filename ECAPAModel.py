@@ -4,10 +4,8 @@ Below the class: cohorts; saving, resuming and loading; devices.
 """
 
 import contextlib
-import difflib
 import functools
 import glob
-import inspect
 import io
 import itertools
 import math
@@ -15,7 +13,6 @@ import os
 import re
 import sys
 import time
-import warnings
 import zipfile
 from typing import NamedTuple
 
@@ -63,12 +60,6 @@ OTHER_FILES = {
     ),
 }
 
-# What scripts for the published code pass on besides, with ECAPAModel(**vars(args)).
-PUBLISHED_OPTIONS = {
-    'num_frames', 'batch_size', 'train_list', 'train_path', 'eval_list', 'eval_path', 'musan_path',
-    'rir_path', 'save_path', 'initial_model', 'eval', 'score_save_path', 'model_save_path',
-}  # fmt: skip
-
 
 class ECAPAModel(nn.Module):
     """Speaker encoder and AAM-softmax classifier, with the optimiser that trains them.
@@ -94,13 +85,7 @@ class ECAPAModel(nn.Module):
         **published,
     ):  # fmt: skip
         super().__init__()
-        for name in published:
-            if name not in PUBLISHED_OPTIONS:
-                known = inspect.signature(ECAPAModel).parameters
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f'; did you mean {close[0]}?' if close else ''
-                raise TypeError(f'ECAPAModel has no option {name}{hint}')
-
+        tools.refuse_unknown(ECAPAModel, published)
         self.device = choose_device(device)
         self.on_gpu = self.device.type == 'cuda'
         self.precision = precision
@@ -131,6 +116,7 @@ class ECAPAModel(nn.Module):
             self.optim = torch.optim.Adam(
                 self.parameters(), lr=lr, weight_decay=weight_decay, fused=True
             )
+        # An attribute of the published code that nothing steps: rate_at sets the learning rate.
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optim, test_step, gamma=lr_decay)
 
         self.clip = clip
@@ -147,39 +133,36 @@ class ECAPAModel(nn.Module):
         self.margin_from = m if margin_from is None else margin_from
         self.margin_epochs = margin_epochs
 
-    def set_learning_rate(self, epoch, share=0.0):
-        """Sets learning rate and margin for a place in an epoch; returns the rate.
+    def set_rate_and_margin(self, epochs_done):
+        """Sets learning rate and margin after `epochs_done` epochs (2.5 is inside the third).
 
-        epoch: from 1; share: how much of it is done, 0 to 1. Both are functions of these two alone,
-        so the same after a resume and for any number of processes. A warm-up begins with a rate of
-        0, so its first step changes nothing but batch norms.
+        Both depend on this number only, so they are the same after a resume and for any number of
+        processes. Returns the rate. A warm-up begins with a rate of 0, so its first step changes
+        only batch norms.
         """
-        with warnings.catch_warnings():
-            # PyTorch deprecates the argument, which is what makes the schedule independent of the
-            # epochs run before.
-            warnings.simplefilter('ignore', UserWarning)
-            self.scheduler.step(epoch - 1)
-        done = epoch - 1 + share
-        self.speaker_loss.set_margin(self.margin_at(done))
-        rate = self.rate_at(done)
+        self.speaker_loss.set_margin(self.margin_at(epochs_done))
+        rate = self.rate_at(epochs_done)
         self.optim.param_groups[0]['lr'] = rate
         return rate
 
-    def rate_at(self, done):
-        """Learning rate after `done` epochs, which need not be a whole number."""
-        if self.schedule == 'cosine':
-            fallen = ramp(done, self.warmup, self.max_epoch)
+    def rate_at(self, epochs_done):
+        """Returns the learning rate after `epochs_done` epochs, not necessarily a whole number."""
+        if self.schedule == 'step':
+            rate = self.lr * self.lr_decay ** (int(epochs_done) // self.test_step)
+        elif self.schedule == 'cosine':
+            fallen = ramp(epochs_done, self.warmup, self.max_epoch)
             height = (1 + math.cos(math.pi * fallen)) / 2
             rate = self.min_lr + (self.lr - self.min_lr) * height
         else:
-            rate = self.lr * self.lr_decay ** (int(done) // self.test_step)
-        if done < self.warmup:
-            rate *= done / self.warmup
+            raise ValueError(f'schedule={self.schedule!r}: it must be step or cosine')
+        if epochs_done < self.warmup:
+            rate *= epochs_done / self.warmup
         return rate
 
-    def margin_at(self, done):
-        """Margin after `done` epochs, which need not be a whole number."""
-        return self.margin_from + (self.margin - self.margin_from) * ramp(done, *self.margin_epochs)
+    def margin_at(self, epochs_done):
+        """Returns the margin after `epochs_done` epochs, not necessarily a whole number."""
+        grown = ramp(epochs_done, *self.margin_epochs)
+        return self.margin_from + (self.margin - self.margin_from) * grown
 
     def forward(self, audio, labels):
         """Loss and accuracy in percent of waveforms (B, samples) with labels (B,).
@@ -239,7 +222,7 @@ class ECAPAModel(nn.Module):
         hide = True if process_rank() > 0 else None
         with tqdm(desc=f'epoch {epoch}', total=steps, unit='step', disable=hide) as bar:
             for step, batch in enumerate(batches, 1):
-                lr = self.set_learning_rate(epoch, (step - 1) / steps)
+                lr = self.set_rate_and_margin(epoch - 1 + (step - 1) / steps)
                 audio = batch[0].to(self.device, non_blocking=True)
                 labels = batch[1].to(self.device, non_blocking=True)
                 not_seen.append((batch, self.train_step(audio, labels)))
@@ -437,9 +420,9 @@ class ECAPAModel(nn.Module):
         return load_weights(self, weights, path)
 
 
-def ramp(done, begin, end):
-    """0 up to `begin`, 1 from `end` on, a straight line between."""
-    return min(1, max(0, done - begin) / max(1e-9, end - begin))
+def ramp(epochs_done, begin, end):
+    """Returns 0 up to `begin`, 1 from `end` on, and a straight line between them."""
+    return min(1, max(0, epochs_done - begin) / max(1e-9, end - begin))
 
 
 def average_gradients(parameters):
@@ -711,14 +694,8 @@ def load_model_of(args):
     weights, sha256 = read_checkpoint(args.initial_model)
     if args.precision == 'exact':
         torch.backends.cudnn.allow_tf32 = False
-    system = model_of(weights, args.initial_model, **own_options(args))
+    system = model_of(weights, args.initial_model, **tools.options_for(ECAPAModel, args))
     return system, {'path': args.initial_model, 'sha256': sha256}
-
-
-def own_options(args):
-    """Those of a command's options that ECAPAModel has."""
-    names = inspect.signature(ECAPAModel).parameters
-    return {name: value for name, value in vars(args).items() if name in names}
 
 
 def model_of(weights, path, **options):

@@ -30,6 +30,7 @@ from tools import (
     number_speakers,
     process_count,
     process_rank,
+    refuse_unknown,
     say,
     sha256,
     speakers_of,
@@ -90,8 +91,9 @@ class train_loader(Dataset):
     not; rir_path: room impulse responses. speed_perturb: a crop has one of three speeds, equally
     likely; those at 0.9 and 1.1 are of other speakers, as the pitch moves along: labels S to
     2 S - 1 and 2 S to 3 S - 1 of a list of S speakers. augment: share of the crops that is
-    augmented; codec: share that then goes through a codec. Raises BadInput where a list or folder
-    cannot be used.
+    augmented; codec: share that then goes through a codec. Options of the published
+    command that are not used here are accepted; others raise TypeError. Raises BadInput where a
+    list or folder cannot be used.
 
     The attribute bad_audio may be a BadAudio: it then lists each file that cannot be used, and
     another one of the speaker replaces it. Otherwise such a file is BadInput.
@@ -99,8 +101,9 @@ class train_loader(Dataset):
 
     def __init__(
         self, train_list, train_path, musan_path, rir_path, num_frames,
-        seed=0, speed_perturb=False, augment=5 / 6, codec=0.0, **others,
+        seed=0, speed_perturb=False, augment=5 / 6, codec=0.0, **published,
     ):  # fmt: skip
+        refuse_unknown(train_loader, published)
         self.train_path = train_path
         self.length = num_frames * 160 + 240
         self.seed = seed

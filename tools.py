@@ -3,8 +3,8 @@
 import argparse
 import contextlib
 import functools
-import glob
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -454,25 +454,6 @@ def read_scores(path):
     return scores
 
 
-def write_options(args):
-    """Writes SAVE_PATH/options.txt: where the options were used, and they, to be read back by @."""
-    facts = provenance(args.command)
-    lines = [f'# command {facts["command"]}', f'# commit {facts["commit"]}']
-    lines += [f'# {name} {version}' for name, version in facts['versions'].items()]
-    for name, value in vars(args).items():
-        if name in ('command', 'score_save_path', 'model_save_path'):
-            continue
-        if value is True:
-            lines.append(f'--{name}')
-        elif value is not None and value is not False:
-            values = value if isinstance(value, list) else [value]
-            text = shlex.join(map(str, values))
-            # What begins as an option or a recipe does is read as one, unless it is joined.
-            joint = '=' if len(values) == 1 and text.lstrip("'").startswith(('-', '@')) else ' '
-            lines.append(f'--{name}{joint}{text}')
-    write_text(os.path.join(args.save_path, 'options.txt'), '\n'.join(lines) + '\n')
-
-
 @functools.cache  # so that what is written at the end is what ran
 def provenance(command):
     """What the numbers come from: {'command', 'commit', 'versions': of Python and packages}."""
@@ -738,38 +719,6 @@ def sha256(content):
     return hashlib.sha256(content).hexdigest()
 
 
-def lock_folder(folder):
-    """Keeps other runs out of a folder until the file returned is closed or the process ends.
-
-    What a killed run left half-written there is removed. Raises BadInput, which names the other
-    process, where one holds run.lock there.
-    """
-    file = open(os.path.join(folder, 'run.lock'), 'a+', encoding='utf-8')
-    try:
-        import fcntl
-
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        return file  # Windows has no such locks
-    except (BlockingIOError, PermissionError) as error:
-        file.seek(0)
-        other = file.read().strip() or 'just started'
-        raise BadInput(
-            f'--save_path {folder}: another run is at work there, {other}; wait for it, stop it, '
-            'or choose another folder'
-        ) from error
-    except OSError as error:
-        why = f'this disk has no locks ({error.strerror})'
-        print(f'{file.name}: {why}: do not start a second run', file=sys.stderr)
-    for part in glob.glob(os.path.join(glob.escape(folder), '*.txt.*.part')):
-        with contextlib.suppress(OSError):
-            os.remove(part)
-    file.truncate(0)
-    file.write(f'process {os.getpid()} on host {platform.node()}\n')
-    file.flush()
-    return file
-
-
 @contextlib.contextmanager
 def one_at_a_time(folder):
     """Processes that enter the block with one folder wait for each other, if its disk has locks."""
@@ -787,6 +736,37 @@ def one_at_a_time(folder):
 
 
 # 3. Options that scripts share; processes; the log; errors for people.
+
+# The options of the published command. Its scripts pass all of them to each part: f(**vars(args)).
+PUBLISHED_OPTIONS = {
+    'num_frames', 'max_epoch', 'batch_size', 'n_cpu', 'test_step', 'lr', 'lr_decay', 'train_list',
+    'train_path', 'eval_list', 'eval_path', 'musan_path', 'rir_path', 'save_path', 'initial_model',
+    'C', 'm', 's', 'n_class', 'eval', 'score_save_path', 'model_save_path',
+}  # fmt: skip
+
+# Options that do not change the numbers of a training run. Every other option counts when a run is
+# continued, so a new option does too unless it is added here.
+HARMLESS = {
+    'check', 'eval', 'force', 'command', 'save_path', 'score_save_path', 'model_save_path', 'keep',
+    'max_bad', 'device', 'n_cpu', 'compile',
+    # The lists count by their contents, with --enrol_list as a part of --eval_list.
+    'train_path', 'eval_path', 'enrol_list',
+    # These change what is computed from scores, and only --eval has a cohort.
+    'speaker', 'score_norm', 'top_n', 'cohort_utterances', 'subtract_mean',
+}  # fmt: skip
+
+
+def options_for(function, args):
+    """Returns those of a command's options that a function or class takes, {name: value}."""
+    names = inspect.signature(function).parameters
+    return {name: value for name, value in vars(args).items() if name in names}
+
+
+def refuse_unknown(function, names):
+    """Raises TypeError for a name that is not even an option of the published command."""
+    for name in names:
+        if name not in PUBLISHED_OPTIONS:
+            raise TypeError(f'{function.__name__} has no option {name}')
 
 
 def add_scoring_options(parser):

@@ -1,14 +1,18 @@
 """The command: trains ECAPA-TDNN on VoxCeleb2 and scores VoxCeleb1; --eval scores a checkpoint."""
 
 import argparse
+import contextlib
 import datetime
+import glob
 import itertools
 import math
 import os
+import platform
 import shlex
 import shutil
 import sys
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +28,6 @@ from ECAPAModel import (
     load_cohort,
     load_model_of,
     load_weights,
-    own_options,
     prune,
     read_checkpoint,
     resume,
@@ -38,12 +41,14 @@ from tools import BadInput, first_process_first, number, process_count, process_
 
 def make_parser():
     """The options; names and defaults are those of the published code, but for its paths."""
-    parser = Parser(
+    parser = argparse.ArgumentParser(
         description='Train and score ECAPA-TDNN speaker verification.',
         epilog='@FILE reads options from a recipe; what follows it on the command line takes '
         'precedence. Running the same command again continues an interrupted run.',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        fromfile_prefix_chars='@',
     )
+    parser.convert_arg_line_to_args = split_recipe_line
 
     # fmt: off
     group = parser.add_argument_group('command (without one of these: train)')
@@ -55,26 +60,28 @@ def make_parser():
     add('--max_epoch', type=number(int, 1), default=80, help='last epoch')
     add('--batch_size', type=number(int, 2), default=400, help='utterances in a step')
     add('--test_step', type=number(int, 1), default=1,
-        help='save, test and lower the rate every so many epochs')
+        help='save, test and lower the learning rate every N epochs')
     add('--optimizer', choices=('adam', 'sgd'), default='adam', help='sgd: Nesterov, momentum 0.9')
     add('--weight_decay', type=number(float, 0), default=2e-5, help='L2 penalty on all weights')
-    add('--clip', type=number(float, 0), default=0.0, help='largest norm of the gradient (0: none)')
+    add('--clip', type=number(float, 0), default=0.0,
+        help='clip gradients to this norm (0: do not clip)')
     add('--accumulate', type=number(int, 1), default=1,
-        help='parts of a batch, one after another, to save memory')
+        help='split each batch into N parts, one after another, to save memory')
     add('--freeze_epochs', type=number(int, 0), default=0,
-        help='first epochs, which train the classifier alone')
+        help='train only the classifier in the first N epochs')
     add('--compile', action='store_true',
         help='compile the encoder for training: minutes at the start, then faster')
 
     add = parser.add_argument_group('learning rate').add_argument
-    add('--lr', type=number(float, 0), default=0.001, help='learning rate')
+    add('--lr', type=number(float, 0), default=0.001,
+        help='learning rate at the start, after the warm-up')
     add('--schedule', choices=('step', 'cosine'), default='step',
-        help='cosine: from --lr to --min_lr at --max_epoch')
+        help='cosine: falls from --lr to --min_lr at --max_epoch')
     add('--lr_decay', type=number(float, 0), default=0.97,
-        help='step: factor on the rate every test_step epochs')
+        help='step: multiply the learning rate by this every --test_step epochs')
     add('--min_lr', type=number(float, 0), default=0.0, help='cosine: learning rate at the end')
     add('--warmup', type=number(float, 0), default=0.0,
-        help='first epochs, in which the rate grows from 0')
+        help='let the learning rate grow from 0 over the first N epochs')
 
     add = parser.add_argument_group('crops and augmentation').add_argument
     add('--num_frames', type=number(int, 1), default=200,
@@ -82,14 +89,14 @@ def make_parser():
     add('--musan_path', default='data/musan_split', help='MUSAN: noise/, speech/ and music/')
     add('--rir_path', default='data/RIRS_NOISES/simulated_rirs', help='room impulse responses')
     add('--augment', type=number(float, 0, 1), default=5 / 6,
-        help='share of the crops that is augmented (default: %(default).3g)')
+        help='share of the crops that are augmented (default: %(default).3g)')
     add('--codec', type=number(float, 0, 1), default=0.0,
-        help='share of the crops that goes through a codec of telephones or the internet')
+        help='share of the crops that go through a telephone or internet codec')
     add('--speed_perturb', action='store_true',
-        help='a speed of 0.9, 1 or 1.1 for each crop, the changed ones as other speakers')
+        help='play each crop at speed 0.9, 1 or 1.1; changed speeds count as new speakers')
     add('--no_specaug', action='store_true', help='no SpecAugment')
     add('--max_bad', type=number(float, 0, 100), default=1.0,
-        help='percent of the training files that may be unusable')
+        help='percentage of the training files that may be unusable')
 
     add = parser.add_argument_group('model and loss').add_argument
     add('--encoder', choices=ENCODERS, default='ecapa', help='network in model.py')
@@ -98,17 +105,19 @@ def make_parser():
     add('--m', '--margin', type=number(float, 0, math.pi), default=0.2,
         help='margin of AAM-softmax, in radians')
     add('--margin_from', type=number(float, 0, math.pi),
-        help='margin at the beginning; without it --m throughout')
+        help='margin at the start; without it --m throughout')
     add('--margin_epochs', type=number(float, 0), nargs=2, default=[0.0, 1.0],
-        metavar=('FROM', 'TO'), help='finished epochs between which the margin grows to --m')
+        metavar=('FROM', 'TO'), help='the margin grows to --m between these numbers of epochs')
     add('--s', '--scale', type=number(float, 0), default=30, help='scale of AAM-softmax')
-    add('--n_class', type=number(int, 1), help='speakers; without it those in --train_list')
+    add('--n_class', type=number(int, 1),
+        help='number of speakers; without it those in --train_list')
     add('--keep_classifier', action='store_true',
-        help="train on the speakers of --initial_model's classifier, or stop")
+        help='keep the classifier of --initial_model; stop if the speakers differ')
 
     add = parser.add_argument_group('results').add_argument
     add('--save_path', default='exps/exp1', help='folder of the results: score.txt and model/')
-    add('--keep', type=number(int, 0), default=0, help='newest checkpoints to keep (0: all)')
+    add('--keep', type=number(int, 0), default=0,
+        help='how many of the newest checkpoints to keep (0: all)')
     add('--force', action='store_true',
         help='continue a run although options that change its numbers differ')
     # fmt: on
@@ -121,7 +130,7 @@ def main(argv=None):
     """Runs the command; exit status 2, with a sentence, for input that cannot be used."""
     args = make_parser().parse_args(argv)
     args.command = tools.command_of('trainECAPAModel.py', argv)
-    with tools.exit_on_bad_input(after_interrupt=lambda: where_it_goes_on(args)):
+    with tools.exit_on_bad_input(after_interrupt=lambda: resume_hint(args)):
         join_processes(args)
         facts = tools.provenance(args.command)
         versions = ', '.join(f'{name} {version}' for name, version in facts['versions'].items())
@@ -136,10 +145,56 @@ def main(argv=None):
             dist.destroy_process_group()
 
 
+class Run(NamedTuple):
+    """Everything that training needs, made before the first step."""
+
+    dataset: dataLoader.train_loader
+    loader: torch.utils.data.DataLoader
+    trials: tuple  # what read_trial_lists returns: (paths, trial lists)
+    system: ECAPAModel
+    initial_weights: dict | None
+    identity: dict  # {option: value} of what changes the numbers
+
+
 def train(args):
     """Trains from where --save_path stands to --max_epoch, testing every test_step epochs."""
+    # Read, check and build everything. This is all that --check does.
+    run = prepare(args)
+    print_plan(run, args)
+    if args.check:
+        resume_or_begin(run, args)
+        say('check passed')
+        return
+
+    tools.init_args(args)
+    with locked(args.save_path):
+        # Continue the run in this folder, or begin one.
+        done, scores = resume_or_begin(run, args)
+        open_records(run, done, args)
+        if done.loss is not None and done.epoch not in [score[0] for score in scores]:
+            # The run ended between saving this epoch and testing it.
+            score_epoch(run, done, scores, args)
+
+        # Train an epoch, save it, score it.
+        starts = []
+        for epoch in range(done.epoch + 1, args.max_epoch + 1):
+            starts.append(time.time())
+            done = train_epoch(run, epoch, args)
+            say(epoch_line(done, starts, args.max_epoch, sort_bad_audio(run.dataset)))
+            if epoch % args.test_step == 0:
+                if process_rank() == 0:
+                    save_training(run.system, args.model_save_path, done, run.identity, args.keep)
+                score_epoch(run, done, scores, args)
+    say(
+        f'{args.max_epoch} epochs are done; results: {args.score_save_path} and '
+        f'{args.model_save_path}'
+    )
+
+
+def prepare(args):
+    """Reads the lists, builds the system and the loader, and checks the data; returns a Run."""
     with first_process_first():
-        dataset = dataLoader.train_loader(**vars(args))
+        dataset = dataLoader.train_loader(**tools.options_for(dataLoader.train_loader, args))
         trials = dataLoader.read_trial_lists(
             args.eval_list, args.eval_path, args.enrol_list, args.speaker
         )
@@ -151,69 +206,32 @@ def train(args):
             dataLoader.check_data(
                 dataset, trials[0], args.eval_path, args.check, args.n_cpu, args.max_bad
             )
-    print_plan(system, loader, trials, args)
-
-    lock = None
-    if not args.check:
-        tools.init_args(args)
-        lock = tools.lock_folder(args.save_path) if process_rank() == 0 else None
     identity = run_identity(system, dataset, trials, args)
-    done, scores = resume_or_begin(system, initial_weights, identity, args)
-    if args.check:
-        say('all is well: nothing was found that would stop this run')
-        return
-
-    dataset.bad_audio = dataLoader.BadAudio(f'{args.save_path}/bad_audio.txt', args.max_bad)
-    if process_rank() == 0:
-        # Not before: a run whose options are refused must not remove anything.
-        prune(args.model_save_path, args.keep, done.epoch)
-        dataset.bad_audio.sort(len(dataset))
-        tools.write_options(args)
-    if done.loss is not None and done.epoch not in [score[0] for score in scores]:
-        # The run ended between saving this epoch and testing it.
-        score_epoch(system, trials, scores, args, done)
-
-    starts = []
-    for epoch in range(done.epoch + 1, args.max_epoch + 1):
-        starts.append(time.time())
-        done = train_epoch(system, loader, epoch, args)
-        with first_process_first():
-            replaced = dataset.bad_audio.sort(len(dataset)) if process_rank() == 0 else 0
-        say(epoch_line(done, starts, args.max_epoch, replaced))
-        if epoch % args.test_step == 0:
-            if process_rank() == 0:
-                save_training(system, args.model_save_path, done, identity, args.keep)
-            score_epoch(system, trials, scores, args, done)
-    if lock:
-        lock.close()
-    say(
-        f'{args.max_epoch} epochs are done; results: {args.score_save_path} and '
-        f'{args.model_save_path}'
-    )
+    return Run(dataset, loader, trials, system, initial_weights, identity)
 
 
-def train_epoch(system, loader, epoch, args):
+def train_epoch(run, epoch, args):
     """Trains an epoch; returns Done. Raises BadInput that names the batch if the loss diverges."""
     # Seeding each epoch by its number makes a resumed epoch draw what an uninterrupted run would
     # have drawn.
     seed = np.random.SeedSequence([args.seed, epoch, process_rank()]).generate_state(1)[0]
     torch.manual_seed(int(seed))
-    loader.batch_sampler.epoch = epoch
+    run.loader.batch_sampler.epoch = epoch
     try:
-        loss, lr, accuracy = system.train_network(epoch, loader)
+        loss, lr, accuracy = run.system.train_network(epoch, run.loader)
     except Diverged as error:
-        raise save_bad_batch(error, loader, args) from error
+        raise save_bad_batch(error, run.loader, args) from error
     return Done(epoch, loss, lr, accuracy)
 
 
-def score_epoch(system, trials, scores, args, done):
+def score_epoch(run, done, scores, args):
     """Scores --eval_list after an epoch, and prints the figures.
 
     Puts a line into `scores` and into score.txt; the lines of later epochs, which a run has that
     lost its newest checkpoints, stay until their epochs are scored again.
     """
-    paths, trial_lists = trials
-    results = system.score_lists(paths, trial_lists)
+    paths, trial_lists = run.trials
+    results = run.system.score_lists(paths, trial_lists)
     eer = results[0]['raw'].figures['EER']['value']
     earlier = [score for score in scores if score[0] < done.epoch]
     later = [score for score in scores if score[0] > done.epoch]
@@ -250,47 +268,36 @@ def evaluate(args):
     say(tools.figures_table(results, trial_lists))
 
 
-# Machinery: recipes; options and sizes; the plan; resuming; the log; what ends a run; processes.
+# Machinery: options; the plan; where a run stands; the log; processes.
 
 
-class Parser(argparse.ArgumentParser):
-    """ArgumentParser that reads @FILE as a shell would: arguments, quotes, comments."""
+# Options.
 
-    def parse_known_args(self, args=None, namespace=None):
-        """As ArgumentParser has it, with the options of the recipes in place of their names."""
-        arguments = sys.argv[1:] if args is None else args
-        return super().parse_known_args(self.expand(arguments), namespace)
 
-    def expand(self, arguments, within=()):
-        """The arguments, recipes expanded; within: the recipes that are being read."""
-        expanded = []
-        for argument in arguments:
-            if argument.startswith('@'):
-                expanded += self.read_recipe(argument[1:], within)
-            elif len(f'{argument}.'.splitlines()) > 1:
-                self.error(f'{argument!r}: a line break, which options.txt could not hold')
-            else:
-                expanded.append(argument)
-        return expanded
+def split_recipe_line(line):
+    """Splits a line of a recipe as a shell does: arguments, quotes, comments."""
+    try:
+        return shlex.split(line, comments=True)
+    except ValueError as error:
+        raise argparse.ArgumentError(None, f'{error} in a recipe: {line!r}') from error
 
-    def read_recipe(self, path, within):
-        """The arguments in a recipe, and in those that it names."""
-        real_path = os.path.realpath(path)
-        if real_path in within:
-            self.error(f'{path}: this recipe includes itself')
-        try:
-            # Editors on Windows begin a file with a mark; names of files need not be UTF-8.
-            with open(path, encoding='utf-8-sig', errors='surrogateescape') as file:
-                lines = file.read().splitlines()
-        except OSError as error:
-            self.error(f'{path}: {error.strerror}')
-        arguments = []
-        for line_number, line in enumerate(lines, 1):
-            try:
-                arguments += shlex.split(line, comments=True)
-            except ValueError as error:
-                self.error(f'{path}, line {line_number}: {error}: {line!r}')
-        return self.expand(arguments, (*within, real_path))
+
+def write_options(args):
+    """Writes SAVE_PATH/options.txt: the options, to be read back by @, and what they ran with."""
+    facts = tools.provenance(args.command)
+    lines = [f'# command {facts["command"]}', f'# commit {facts["commit"]}']
+    lines += [f'# {name} {version}' for name, version in facts['versions'].items()]
+    for name, value in vars(args).items():
+        if name in ('command', 'score_save_path', 'model_save_path'):
+            continue
+        if value is True:
+            lines.append(f'--{name}')
+        elif isinstance(value, list) and len(value) > 1:
+            lines.append(f'--{name} {shlex.join(map(str, value))}')
+        elif value is not None and value is not False:
+            only = value[0] if isinstance(value, list) else value
+            lines.append(f'--{name}={shlex.quote(str(only))}')
+    tools.write_text(os.path.join(args.save_path, 'options.txt'), '\n'.join(lines) + '\n')
 
 
 def build_system(args, speakers):
@@ -325,7 +332,7 @@ def build_system(args, speakers):
     if args.precision == 'exact':
         torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(args.seed)
-    system = ECAPAModel(**{**own_options(args), 'C': C, 'n_class': n_class})
+    system = ECAPAModel(**{**tools.options_for(ECAPAModel, args), 'C': C, 'n_class': n_class})
     check_description(system, args)
     return system, weights
 
@@ -387,15 +394,19 @@ def check_classifier(args, trained, speakers):
         )
 
 
-def print_plan(system, loader, trials, args):
-    """Prints what the run will do; raises BadInput where there is no room for its results."""
-    dataset = loader.dataset
+# The plan.
+
+
+def print_plan(run, args):
+    """Prints what the run will do. Raises BadInput if the disk has no room for its results."""
+    dataset = run.dataset
+    system = run.system
     encoder = sum(parameter.numel() for parameter in system.speaker_encoder.parameters())
     classifier = sum(parameter.numel() for parameter in system.speaker_loss.parameters())
     clips = ', '.join(f'{len(files.paths)} {kind}' for kind, files in dataset.noises.items())
     codecs = f'; codecs {", ".join(dataset.codecs)}' if dataset.codecs else ''
     processes = f'{process_count()} processes on ' if process_count() > 1 else ''
-    paths, trial_lists = trials
+    paths, trial_lists = run.trials
     count = sum(len(one.labels) for one in trial_lists)
     say(
         f'device        {processes}{system.device}, {system.precision}, {args.n_cpu} loading '
@@ -404,7 +415,7 @@ def print_plan(system, loader, trials, args):
         f'({args.train_list})\n'
         f'augmentation  {clips} files, {len(dataset.rirs):,} RIRs{codecs}\n'
         f'evaluation    {count:,} trials over {len(paths):,} files ({", ".join(args.eval_list)})\n'
-        f'an epoch      {len(loader):,} steps of {args.batch_size} utterances\n'
+        f'an epoch      {len(run.loader):,} steps of {args.batch_size} utterances\n'
         f'parameters    {encoder:,} in the encoder, {classifier:,} in the classifier of '
         f'{system.n_class:,} speakers'
     )
@@ -418,7 +429,10 @@ def print_plan(system, loader, trials, args):
 
 
 def check_room(args, size):
-    """Raises BadInput where --save_path has no room for a checkpoint of `size` bytes."""
+    """Raises BadInput if --save_path has no room for a checkpoint of `size` bytes.
+
+    Warns if there is room for one, but not for all those of the run.
+    """
     folder = os.path.abspath(args.save_path)
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
@@ -443,44 +457,46 @@ def check_room(args, size):
         )
 
 
-def run_identity(system, dataset, trials, args):
-    """{option: value} of what changes a run's numbers.
+# Where a run stands.
 
-    Lists count by their content, MUSAN and RIRs by their counts.
+
+def run_identity(system, dataset, trials, args):
+    """Returns {option: value} of what changes the numbers of a run: all that is not harmless.
+
+    Lists count by their contents, MUSAN and RIRs by their numbers of files.
     """
-    names = [
-        'num_frames', 'batch_size', 'test_step', 'accumulate', 'freeze_epochs', 'lr', 'lr_decay',
-        'm', 's', 'seed', 'initial_model', 'optimizer', 'weight_decay', 'clip', 'schedule',
-        'min_lr', 'warmup', 'augment', 'no_specaug', 'margin_from', 'margin_epochs', 'encoder',
-        'loss',
-    ]  # fmt: skip
-    if args.schedule == 'cosine':
-        names.append('max_epoch')
-    identity = {name: getattr(args, name) for name in names}
-    identity['speed_perturb'] = 'drawn' if args.speed_perturb else False
+    identity = {name: value for name, value in vars(args).items() if name not in tools.HARMLESS}
+    if args.schedule == 'step':
+        del identity['max_epoch']  # no rate depends on it, so a run may be made longer
+
+    # What the options became.
     identity['C'] = system.C
     identity['n_class'] = system.n_class
     identity['precision'] = system.precision
+    if args.codec:
+        identity['codec'] = f'{args.codec} of {" ".join(dataset.codecs)}'
+    if args.speed_perturb:
+        identity['speed_perturb'] = 'drawn'
+
+    # What the lists and folders contain.
     identity['train_list'] = f'SHA-256 {dataset.list_sha256[:16]}'
     identity['eval_list'] = ' '.join(f'SHA-256 {one.sha256[:16]}' for one in trials[1])
     counts = [f'{len(files.paths)}/{files.pieces[-1]}' for files in dataset.noises.values()]
-    identity['codec'] = 0.0
-    if args.codec:
-        identity['codec'] = f'{args.codec} of {" ".join(dataset.codecs)}'
     identity['musan_path'] = f'files/pieces {" ".join(counts)}'
     identity['rir_path'] = f'{len(dataset.rirs)} files'
     return identity
 
 
-def resume_or_begin(system, initial_weights, identity, args):
+def resume_or_begin(run, args):
     """Resumes the run in --save_path, or begins one.
 
     Returns (Done, the lines of score.txt). Raises BadInput for a score.txt without checkpoints.
     """
+    system = run.system
     folder = os.path.join(args.save_path, 'model')
     score_path = os.path.join(args.save_path, 'score.txt')
     scores = tools.read_scores(score_path)
-    done, changes = resume(system, folder, identity, args.force)
+    done, changes = resume(system, folder, run.identity, args.force)
     if scores and not done:
         raise BadInput(
             f'{score_path}: holds {len(scores)} scores of a run whose checkpoints are not in '
@@ -490,8 +506,8 @@ def resume_or_begin(system, initial_weights, identity, args):
     if done:
         notes = [f'after epoch {done.epoch}, from {folder}']
         notes += [f'--force: {change}' for change in changes]
-    elif initial_weights:
-        left_out = load_weights(system, initial_weights, args.initial_model)
+    elif run.initial_weights:
+        left_out = load_weights(system, run.initial_weights, args.initial_model)
         if left_out and args.keep_classifier:
             raise BadInput(
                 f'--keep_classifier: {left_out[0]} of {args.initial_model} does not fit --loss '
@@ -515,6 +531,70 @@ def resume_or_begin(system, initial_weights, identity, args):
             f'{epochs}; it must be one folder that all machines share'
         )
     return done, scores
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Keeps other runs out of a folder during the block, which the first process locks for all.
+
+    Removes the text files that a killed run left half-written. Raises BadInput that names the
+    other process if another run holds run.lock.
+    """
+    if process_rank() > 0:
+        yield
+        return
+    with open(os.path.join(folder, 'run.lock'), 'a+', encoding='utf-8') as file:
+        lock(file, folder)
+        for part in glob.glob(os.path.join(glob.escape(folder), '*.txt.*.part')):
+            with contextlib.suppress(OSError):
+                os.remove(part)
+        file.truncate(0)
+        file.write(f'process {os.getpid()} on host {platform.node()}\n')
+        file.flush()
+        yield
+
+
+def lock(file, folder):
+    """Locks an open file until it is closed. Raises BadInput if another process has locked it."""
+    try:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        return  # Windows has no such locks
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        other = file.read().strip() or 'just started'
+        raise BadInput(
+            f'--save_path {folder}: another run is at work there, {other}; wait for it, stop it, '
+            'or choose another folder'
+        ) from error
+    except OSError as error:
+        why = f'this disk has no locks ({error.strerror})'
+        print(f'{file.name}: {why}: do not start a second run', file=sys.stderr)
+
+
+def open_records(run, done, args):
+    """Prepares the files of --save_path: bad_audio.txt, options.txt and the checkpoints to keep."""
+    # Before the first batch: loading processes have the dataset as it was when they started.
+    run.dataset.bad_audio = dataLoader.BadAudio(f'{args.save_path}/bad_audio.txt', args.max_bad)
+    if process_rank() == 0:
+        # After resuming: a run whose options are refused must not remove anything.
+        prune(args.model_save_path, args.keep, done.epoch)
+        run.dataset.bad_audio.sort(len(run.dataset))
+        write_options(args)
+
+
+def sort_bad_audio(dataset):
+    """Sorts bad_audio.txt after an epoch; returns how many utterances were replaced."""
+    replaced = 0
+    with first_process_first():
+        if process_rank() == 0:
+            replaced = dataset.bad_audio.sort(len(dataset))
+    return replaced
+
+
+# The log.
 
 
 def epoch_line(done, starts, max_epoch, replaced):
@@ -565,12 +645,15 @@ def save_bad_batch(error, loader, args):
     return BadInput('\n'.join(lines))
 
 
-def where_it_goes_on(args):
-    """What to say of an interrupted command besides: from which epoch the same one continues."""
+def resume_hint(args):
+    """Returns a hint for an interrupted run: after which epoch the same command continues."""
     if args.eval or args.check:
         return ''
     epochs = saved_models(os.path.join(args.save_path, 'model')).values()
     return f': the same command continues after epoch {max(epochs, default=0)}, the last saved'
+
+
+# Processes.
 
 
 def join_processes(args):

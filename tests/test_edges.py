@@ -136,17 +136,16 @@ def test_a_device_without_numbers_is_refused():
 
 
 RECIPES = {
-    'unclosed quote': (b"--lr 0.1\n--train_list 'abc\n", 'line 2: No closing quotation'),
-    'backslash at the end': (b'--train_list abc\\\n', 'line 1: No escaped character'),
-    'itself': (b'--lr 0.1\n@recipe.txt\n', 'includes itself'),
-    'UTF-16': ('--lr 0.1\n'.encode('utf-16'), 'unrecognized arguments'),
+    'unclosed quote': ("--lr 0.1\n--train_list 'abc\n", "'abc"),
+    'backslash at the end': ('--train_list abc\\\n', 'abc'),
+    'unknown option': ('--lr 0.1 --lrr 0.2\n', '--lrr'),
 }
 
 
 @pytest.mark.parametrize('fault', RECIPES)
 def test_a_recipe_is_refused(tmp_path, fault):
     content, words = RECIPES[fault]
-    (tmp_path / 'recipe.txt').write_bytes(content)
+    (tmp_path / 'recipe.txt').write_text(content)
     command = [sys.executable, str(ROOT / 'trainECAPAModel.py'), '@recipe.txt']
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
@@ -154,28 +153,14 @@ def test_a_recipe_is_refused(tmp_path, fault):
     assert os.listdir(tmp_path) == ['recipe.txt']
 
 
-def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path):
-    (tmp_path / 'recipe.txt').write_bytes(b'\xef\xbb\xbf# from Windows\r\n--lr 0.1\r\n')
-    args = trainECAPAModel.make_parser().parse_args([f'@{tmp_path}/recipe.txt'])
-    assert args.lr == 0.1
-
-
-@pytest.mark.parametrize('value', ['-x', '--lr', '@list', os.fsdecode(b'\xff')])
+@pytest.mark.parametrize('value', ['-x', '--lr', '@list', "two 'words' # in one", ''])
 def test_options_of_any_name_are_read_back(tmp_path, value):
     flags = [f'--train_list={value}', f'--eval_list={value}', '--save_path', str(tmp_path)]
     args = trainECAPAModel.make_parser().parse_args(flags)
     args.command = ''
-    tools.write_options(args)
+    trainECAPAModel.write_options(args)
     kept = trainECAPAModel.make_parser().parse_args([f'@{tmp_path}/options.txt'])
     assert (kept.train_list, kept.eval_list) == (value, [value])
-
-
-@pytest.mark.parametrize('end', ['\n--lr 5', '\n', '\r'])
-def test_what_options_txt_cannot_hold_is_refused(tree, capsys, end):
-    """Its second line would be an option when the file is read back."""
-    path = tree['save_path'] + end
-    assert 'line break' in refusal(capsys, train, {**tree, 'save_path': path})
-    assert not Path(path).exists()
 
 
 # Lists.

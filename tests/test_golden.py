@@ -242,9 +242,9 @@ def test_learning_rates(golden):
             test_step=int(options['test_step']),
             device='cpu',
         )
-        rates = [system.set_learning_rate(epoch) for epoch in range(1, 81)]
+        rates = [system.set_rate_and_margin(epochs_done) for epochs_done in range(80)]
         np.testing.assert_allclose(rates, expected, rtol=1e-12)
-        again = system.set_learning_rate(17)
+        again = system.set_rate_and_margin(16)
         assert again == rates[16], 'the rate must not depend on the epochs run before'
 
 

@@ -220,7 +220,7 @@ def test_a_check_goes_through_the_files_once(tree, tmp_path):
     options = dict(SMALL, n_cpu=0)
     launcher = torchrun(script, '--check', *command_line(**options, **tree), cwd=tmp_path)
     assert launcher.returncode == 0, launcher.stderr
-    assert launcher.stdout.count('all is well') == 1
+    assert launcher.stdout.count('check passed') == 1
 
     paths = (tmp_path / 'read.txt').read_text().splitlines()
     for folder in ('train_path', 'eval_path', 'musan_path', 'rir_path'):

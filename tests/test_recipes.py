@@ -14,9 +14,9 @@ from scipy.stats import chisquare
 
 import trainECAPAModel
 from dataLoader import train_loader
-from ECAPAModel import ECAPAModel, own_options
+from ECAPAModel import ECAPAModel
 from exps import average
-from tools import read_scores
+from tools import HARMLESS, PUBLISHED_OPTIONS, options_for, read_scores
 
 pytestmark = pytest.mark.usefixtures('short_crops')
 ROOT = Path(__file__).parents[1]
@@ -39,19 +39,57 @@ def test_the_defaults_of_the_class_are_those_of_the_command():
             assert parameter.default == default, name
 
 
-def test_a_misspelt_option_is_an_error():
-    with pytest.raises(TypeError, match='no option wieght_decay; did you mean weight_decay'):
+def test_a_misspelt_option_is_an_error(tree):
+    with pytest.raises(TypeError, match='wieght_decay'):
         make_system(wieght_decay=0)
-    with pytest.raises(TypeError, match='no option keep'):
+    with pytest.raises(TypeError, match='keep'):
         make_system(keep=3)
-    published = ['num_frames', 'batch_size', 'train_list', 'eval_list', 'save_path', 'eval']
-    make_system(**dict.fromkeys(published))
+    with pytest.raises(TypeError, match='speed_pertrub'):
+        train_loader(**tree, num_frames=20, speed_pertrub=True)
+
+
+def test_scripts_may_pass_all_published_options_to_every_part(tree):
+    options = {**dict.fromkeys(PUBLISHED_OPTIONS), **tree, 'num_frames': 20}
+    assert len(train_loader(**options)) == 12
+    options |= {'lr': 0.001, 'lr_decay': 0.97, 'm': 0.2, 's': 30, 'test_step': 1}
+    options |= {'C': 8, 'n_class': 4, 'n_cpu': 0, 'max_epoch': 80}
+    assert ECAPAModel(**options).n_class == 4
+
+
+def test_every_option_counts_when_a_run_is_continued_unless_it_is_harmless(tree):
+    parser = trainECAPAModel.make_parser()
+    args = parser.parse_args(command_line(**SMALL, **tree, schedule='cosine'))
+    identity = trainECAPAModel.prepare(args).identity
+    options = set(vars(args))
+    assert set(identity) == options - HARMLESS
+    added_by_the_command = {'command', 'score_save_path', 'model_save_path'}
+    assert HARMLESS - added_by_the_command < options
+
+
+def test_a_run_of_an_earlier_version_is_continued(tree, capsys):
+    """Its .state knows 30 options; the others count from the next checkpoint on."""
+    run(**tree, max_epoch=1)
+    path = f'{tree["save_path"]}/model/model_0001.state'
+    state = torch.load(path, weights_only=True)
+    state['identity'] = {name: state['identity'][name] for name in EARLIER}
+    torch.save(state, path)
+    run(**tree, max_epoch=2)
+    assert len(read_scores(f'{tree["save_path"]}/score.txt')) == 2
+
+
+EARLIER = [
+    'num_frames', 'batch_size', 'test_step', 'accumulate', 'freeze_epochs', 'lr', 'lr_decay',
+    'm', 's', 'seed', 'initial_model', 'optimizer', 'weight_decay', 'clip', 'schedule',
+    'min_lr', 'warmup', 'augment', 'no_specaug', 'margin_from', 'margin_epochs',
+    'speed_perturb', 'C', 'n_class', 'precision', 'train_list', 'eval_list', 'codec',
+    'musan_path', 'rir_path',
+]  # fmt: skip
 
 
 def recipe_system(recipe):
     """A small system with the options of a recipe."""
     args = trainECAPAModel.make_parser().parse_args([f'@{ROOT}/exps/recipes/{recipe}'])
-    return ECAPAModel(**{**own_options(args), 'C': 8, 'n_class': 4, 'device': 'cpu'})
+    return ECAPAModel(**{**options_for(ECAPAModel, args), 'C': 8, 'n_class': 4, 'device': 'cpu'})
 
 
 @pytest.mark.parametrize(
@@ -95,8 +133,7 @@ def recipe_system(recipe):
 def test_rates_and_margins(recipe, points):
     system = recipe_system(recipe)
     for done, rate, margin in points:
-        epoch = int(done) + 1
-        returned = system.set_learning_rate(epoch, done - int(done))
+        returned = system.set_rate_and_margin(done)
         assert returned == system.optim.param_groups[0]['lr']
         assert rate is None or returned == pytest.approx(rate, rel=1e-3, abs=1e-12)
         assert system.speaker_loss.m == pytest.approx(margin)
@@ -106,7 +143,7 @@ def test_a_cosine_falls_as_one():
     system = make_system(schedule='cosine', min_lr=1e-5, warmup=2, max_epoch=12)
     for done in np.linspace(2, 12, 21):
         height = (1 + math.cos(math.pi * (done - 2) / 10)) / 2
-        rate = system.set_learning_rate(int(done) + 1, done % 1)
+        rate = system.set_rate_and_margin(done)
         assert rate == pytest.approx(1e-5 + (0.001 - 1e-5) * height)
 
 

@@ -572,7 +572,7 @@ def test_a_run_stops_when_too_much_is_bad(tree, capsys, monkeypatch):
 
 def test_check_goes_through_every_file_and_stops(tree, capsys):
     run(tree, '--check')
-    assert 'all is well' in capsys.readouterr().out
+    assert 'check passed' in capsys.readouterr().out
     assert not os.path.exists(tree['save_path'])
     for folder, name, reason in (
         ('eval_path', UTTERANCE, 'is silent'),
