@@ -212,11 +212,7 @@ class ECAPA_TDNN(Encoder):
         out of every mean and zeroed again before every convolution that looks at neighbours, so
         each embedding is that of the utterance alone (in evaluation mode).
         """
-        mask = None
-        if frames is not None:
-            position = torch.arange(x.shape[2], device=x.device)
-            mask = (position < frames.view(-1, 1, 1)).to(x.dtype)  # (B, 1, T)
-
+        mask = mask_of(frames, x)
         x = self.bn1(self.relu(self.conv1(x)))  # (B, C, T)
         x1 = self.layer1(x, mask)  # (B, C, T)
         x = x + x1
@@ -291,6 +287,17 @@ def encoder_of(state):
 
 
 # Machinery: means with gradients of their own, and the batch norm of several processes.
+
+
+def mask_of(frames, x):
+    """Returns the mask (B, 1, T) of x (B, bands, T): 1 in the first `frames` (B,) frames, else 0.
+
+    Returns None if frames is None: nothing is padded.
+    """
+    if frames is None:
+        return None
+    position = torch.arange(x.shape[2], device=x.device)
+    return (position < frames.view(-1, 1, 1)).to(x.dtype)
 
 
 def mean_over_time(x, mask=None):

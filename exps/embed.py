@@ -41,7 +41,7 @@ def embed(args):
     embeddings = system.embed(paths)
     names = np.array(paths)
     write_whole(args.out, lambda file: np.savez(file, names=names, embeddings=embeddings))
-    print(f'{args.out}: {len(paths):,} embeddings of 192 numbers')
+    print(f'{args.out}: {len(paths):,} embeddings of {embeddings.shape[1]} numbers')
 
 
 def list_files(files):

@@ -22,8 +22,9 @@ from dataLoader import (
     read_trial_lists,
     train_loader,
 )
-from ECAPAModel import ECAPAModel
-from loss import AAMsoftmax
+from ECAPAModel import ECAPAModel, describe
+from loss import LOSSES, AAMsoftmax
+from model import ENCODERS
 from tools import ComputeErrorRates, ComputeMinDcf, accuracy, score_pairs
 
 ROOT = Path(__file__).parents[1]
@@ -111,8 +112,9 @@ def test_margin_has_finite_gradients_where_the_cosine_is_one():
 
 
 @pytest.mark.parametrize('lengths', [(16240, 48000, 20000, 48000), (600, 30000)])
-def test_padded_batches_equal_single_utterances(lengths):
-    encoder = portable_system(64).speaker_encoder.eval()
+@pytest.mark.parametrize('encoder', ENCODERS)
+def test_padded_batches_equal_single_utterances(encoder, lengths):
+    encoder = portable_system(64, encoder=encoder).speaker_encoder.eval()
     waves = [torch.from_numpy(wave(i, n))[None] for i, n in enumerate(lengths)]
     with torch.no_grad():
         features = [encoder.features(x) for x in waves]
@@ -122,6 +124,14 @@ def test_padded_batches_equal_single_utterances(lengths):
         batch = encoder.encode(torch.cat(padded), torch.tensor(frames))
         alone = torch.cat([encoder.encode(x) for x in features])
     np.testing.assert_allclose(batch, alone, atol=2e-5)
+
+
+@pytest.mark.parametrize('loss', LOSSES)
+@pytest.mark.parametrize('encoder', ENCODERS)
+def test_a_checkpoint_tells_its_encoder_and_its_sizes(encoder, loss):
+    found = describe(make_system(16, encoder=encoder, loss=loss).state_dict())
+    assert (found['encoder'], found['C']) == (encoder, 16)
+    assert found['n_class'] == 20
 
 
 def test_long_recordings_are_the_mean_of_their_parts(tmp_path, monkeypatch, capsys):
