@@ -5,6 +5,7 @@ All audio is 16 kHz and mono, as float32 in [-1, 1].
 
 import codecs
 import contextlib
+import errno
 import functools
 import io
 import math
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 from tools import (
     BadInput,
+    note,
     number_speakers,
     process_count,
     process_rank,
@@ -48,6 +50,14 @@ PIECE_STEP = 3 * RATE  # one every 3 s
 EVAL_CROP = 300 * 160 + 240
 SHORTEST = 257  # samples that a spectrogram needs, half a window to either side being a reflection
 LABELS = {b'1': 1, b'0': 0, b'target': 1, b'nontarget': 0}  # 1: the same speaker
+# Audio and video that people have, and that soundfile does not read or training does not use.
+OTHER_AUDIO = (
+    '.m4a', '.mp3', '.ogg', '.oga', '.opus', '.aac', '.amr', '.wma', '.mp4', '.webm', '.3gp',
+    '.aif', '.aiff', '.au', '.caf', '.sph', '.w64', '.mka', '.mkv', '.mov', '.avi', '.m4b', '.ape',
+)  # fmt: skip
+CONVERT = 'ffmpeg -i IN -ar 16000 -ac 1 OUT.wav converts it'
+# Folders that systems make beside people's own, apart from hidden ones.
+LEFT_BEHIND = ('__MACOSX', '@eaDir', '$RECYCLE.BIN', 'System Volume Information', 'lost+found')
 CUT_SHORT = re.compile(r'^data : (\d+) \(should be (\d+)\)$', re.MULTILINE)  # in libsndfile's log
 
 
@@ -675,19 +685,118 @@ class BadAudio:
 def find_audio(folder, role, any_format=False):
     """Sorted paths of all wav and flac files below a folder, or of all that soundfile reads.
 
-    Raises BadInput for none.
+    Notes name other audio files, which are left out. Raises BadInput if no file can be used.
     """
+    paths, left_out = find_usable(folder, role, any_format)
+    if left_out:
+        lines = [f'{path}: {reason}' for path, reason in left_out.items()]
+        note('\n'.join([f'{len(lines)} files are left out:', *first_lines(lines)]))
+    return paths
+
+
+def find_usable(folder, role, any_format=False):
+    """Returns (what find_audio returns, {path: reason} of the audio files that are left out)."""
     endings = ('.wav', '.flac')
     if any_format:
         known = {f'.{name.lower()}' for name in soundfile.available_formats()} - {'.raw'}
         endings = tuple(sorted(known | {'.aif', '.oga', '.opus', '.sph'}))
-    require(os.path.isdir, folder, role)
     paths = []
-    for root, _, names in os.walk(folder, followlinks=True):
-        paths += [os.path.join(root, name) for name in names if name.lower().endswith(endings)]
+    left_out = {}
+    for entry in walk(folder, role):
+        _, ending = os.path.splitext(entry.name.lower())
+        if ending not in endings and ending not in OTHER_AUDIO:
+            continue
+        if not is_file(entry):
+            left_out[entry.path] = 'is not a file, or a link to a file that is not there'
+        elif ending not in endings:
+            left_out[entry.path] = f'{ending} files are not read; {CONVERT}'
+        else:
+            paths.append(entry.path)
+
     if not paths:
-        raise BadInput(f'{role}: no {" or ".join(endings)} file below {folder}')
-    return sorted(paths)
+        message = f'{role}: no {" or ".join(endings)} file below {folder}'
+        lines = [f'{path}: {reason}' for path, reason in left_out.items()]
+        raise BadInput('\n'.join([message, *first_lines(lines)]))
+    return sorted(paths), dict(sorted(left_out.items()))
+
+
+def walk(folder, role):
+    """Returns os.DirEntry of all files below a folder, through links to folders too.
+
+    Hidden names and what systems leave behind are skipped, and counted in a note. Raises BadInput
+    that names a folder which cannot be read: part of the data would be missing.
+    """
+    require(os.path.isdir, folder, role)
+    files = []
+    skipped = 0
+    pending = [(os.fspath(folder), [])]
+    while pending:
+        path, above = pending.pop()
+        with reading_folder(path, role):
+            status = os.stat(path)
+            place = (status.st_dev, status.st_ino)
+            if place in above:
+                continue  # a link back to a folder in which it lies
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    if is_skipped(entry.name):
+                        skipped += 1
+                    elif is_folder(entry):
+                        pending.append((entry.path, [*above, place]))
+                    else:
+                        files.append(entry)
+    if skipped:
+        note(
+            f'{folder}: {skipped} files and folders are skipped, whose names begin with a dot or '
+            f'are one of {", ".join(sorted(LEFT_BEHIND))}'
+        )
+    return files
+
+
+def subfolders(folder, role):
+    """Sorted names of the folders in a folder, those that walk skips left out."""
+    with reading_folder(folder, role), os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if not is_skipped(e.name) and is_folder(e))
+
+
+@contextlib.contextmanager
+def reading_folder(folder, role):
+    """Turns the errors of the system into BadInput that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        at = error.filename or folder
+        raise BadInput(f'{role}: {at}: cannot be read ({error.strerror or error})') from error
+
+
+def is_skipped(name):
+    """Whether a file or folder is hidden or was left behind by a system."""
+    return name.startswith('.') or name in LEFT_BEHIND
+
+
+def is_folder(entry):
+    """Whether an os.DirEntry is a folder or a link to one; False for a link to itself."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise
+
+
+def is_file(entry):
+    """Whether an os.DirEntry is a file, or a link to one, and no pipe or device."""
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
+
+
+def first_lines(lines, count=20):
+    """The first lines, and how many more there are."""
+    if len(lines) <= count:
+        return lines
+    return [*lines[:count], f'and {len(lines) - count:,} more']
 
 
 def require(exists, path, role):

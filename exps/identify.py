@@ -17,7 +17,14 @@ import sys
 import numpy as np
 from scipy.special import softmax
 
-from dataLoader import choose_normalisation, find_audio, model_fault, read_list, split_lines
+from dataLoader import (
+    choose_normalisation,
+    find_audio,
+    model_fault,
+    read_list,
+    split_lines,
+    subfolders,
+)
 from ECAPAModel import load_cohort, load_model_of
 from exps.embed import list_files
 from exps.verify import find_calibration
@@ -113,12 +120,15 @@ def read_people(path):
     """{name: recordings} of a folder of folders, or of a list. BadInput for what cannot be."""
     people = {}
     if os.path.isdir(path):
-        for name in sorted(os.listdir(path)):
-            if name.startswith('.'):
-                continue
-            if not os.path.isdir(os.path.join(path, name)):
+        people = {name: [] for name in subfolders(path, '--people')}
+        for recording in find_audio(path, '--people', any_format=True):
+            name, *rest = os.path.relpath(recording, path).split(os.sep)
+            if not rest:
                 raise BadInput(f'--people {path}: {name} is in no folder of a person')
-            people[name] = find_audio(os.path.join(path, name), '--people', any_format=True)
+            people[name].append(recording)
+        for name, recordings in people.items():
+            if not recordings:
+                raise BadInput(f'--people {path}: no recording below {name} can be used')
     else:
         lines = split_lines(read_list(path, '--people'), path, '--people', model_fault)
         for name, *recordings in lines:

@@ -8,126 +8,194 @@ python -m exps.lists recordings --out lists --test_speakers 20
 import argparse
 import collections
 import os
+import re
 from typing import NamedTuple
 
 import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from dataLoader import RATE, find_audio, parallel_map
-from tools import BadInput, default_n_cpu, exit_on_bad_input, write_text
+from dataLoader import RATE, SHORTEST, find_usable, parallel_map, read_audio
+from tools import (
+    BadInput,
+    add_speaker_option,
+    default_n_cpu,
+    exit_on_bad_input,
+    number,
+    sha256,
+    speakers_of,
+    write_text,
+)
+
+MOST_TARGETS = 20000  # trials of the same speaker, in a list that is not exhaustive
 
 
 def main(argv=None):
-    """Makes the lists; exit status 2, with a sentence, where that cannot be done."""
+    """Makes the lists; exit status 2, with a message, if that cannot be done."""
     parser = argparse.ArgumentParser(
         prog='python -m exps.lists',
         description=(
             'Make a training list and a trial list from a folder with a folder per speaker.'
         ),
     )
-    parser.add_argument('folder', help='holds SPEAKER/.../FILE.wav (or .flac)')
-    parser.add_argument(
-        '--out', required=True, help='folder for train_list.txt, trials.txt and left_out.txt'
+    add = parser.add_argument
+    add('folder', help='holds SPEAKER/.../FILE.wav (or .flac)')
+    add('--out', required=True, help='folder for train_list.txt, trials.txt and left_out.txt')
+    add(
+        '--test_speakers',
+        type=number(int, 0),
+        help='speakers held out for the trials (default: a tenth)',
     )
-    parser.add_argument(
-        '--test_speakers', type=int, help='speakers held out for the trials (default: a tenth)'
+    add('--exhaustive', action='store_true', help='all trials, not as many of each kind')
+    add(
+        '--seed',
+        type=number(int, 0, 2**64 - 1),
+        default=10,
+        help='seed of the choice (default: 10)',
     )
-    parser.add_argument(
-        '--exhaustive', action='store_true', help='all trials, not as many of either kind'
-    )
-    parser.add_argument('--seed', type=int, default=10, help='seed of the choice (default: 10)')
+    add_speaker_option(add)
+    args = parser.parse_args(argv)
     with exit_on_bad_input():
-        make_lists(**vars(parser.parse_args(argv)))
+        make_lists(**vars(args))
 
 
 class Inspection(NamedTuple):
     """What an audio file is like."""
 
-    seconds: float
-    rate: int  # Hz, 0 if it cannot be read
     fault: str  # why it cannot be used, or ''
-    clipped: bool
+    rate: int  # Hz, 0 if it cannot be read
+    seconds: float = 0.0
+    clipped: bool = False
+    content: str = ''  # equal for equal samples
 
 
-def make_lists(folder, out, test_speakers=None, exhaustive=False, seed=10):
+def make_lists(folder, out, test_speakers=None, exhaustive=False, seed=10, speaker=''):
     """Writes train_list.txt and trials.txt in `out` for a folder with a folder per speaker.
 
-    Prints a report. test_speakers: how many are held out for the trials, a tenth by default. Files
-    that cannot be used are left out and named, in left_out.txt. Raises BadInput where no list can
-    be made, or a list is there already.
+    Prints a report. test_speakers: how many are held out for the trials, a tenth by default;
+    speaker: the pattern of tools.speakers_of. Files that cannot be used, and copies, are left out
+    and named in left_out.txt. Raises BadInput if no list can be made, or if a list is there.
     """
     for name in ('train_list.txt', 'trials.txt', 'left_out.txt'):
         path = os.path.join(out, name)
         if os.path.exists(path):
             raise BadInput(f'{path} is there already; remove it or choose another --out')
-
-    paths = find_audio(folder, 'FOLDER')
-    reading = parallel_map(inspect_file, paths, default_n_cpu())
-    inspections = list(tqdm(reading, 'reading', len(paths), unit='file', disable=None))
-
-    files = {}
-    left_out = []
-    for path, inspection in zip(paths, inspections):
-        name = os.path.relpath(path, folder)
-        fault = inspection.fault or fault_of_name(name)
-        if fault:
-            left_out.append(f'{name}: {fault}\n')
-        else:
-            speaker = name.split(os.sep)[0]
-            files.setdefault(speaker, []).append(name)
+    inspections, unread = inspect_folder(folder)
+    files, left_out = sort_files(inspections, speaker)
+    left_out = {**unread, **left_out}
+    if not files:
+        name, reason = next(iter(left_out.items()))
+        raise BadInput(
+            f'FOLDER {folder}: none of its {len(left_out)} files can be used, the first: '
+            f'{name}: {reason}'
+        )
 
     rng = np.random.default_rng(seed)
     held_out = choose_speakers(files, test_speakers, rng)
-    if not files:
-        first = left_out[0].strip()
-        raise BadInput(f'{folder}: none of its {len(paths)} files can be used, the first: {first}')
-
-    train = [speaker for speaker in files if speaker not in held_out]
-    texts = {
-        'train_list.txt': [f'{speaker} {name}\n' for speaker in train for name in files[speaker]]
-    }
+    texts = {'train_list.txt': []}
+    for name_of_speaker, own in files.items():
+        if name_of_speaker not in held_out:
+            texts['train_list.txt'] += [f'{name_of_speaker} {name}\n' for name in own]
     if held_out:
-        test_files = {speaker: files[speaker] for speaker in held_out}
+        test_files = {name: files[name] for name in held_out}
         texts['trials.txt'] = make_trials(test_files, rng, exhaustive)
     if left_out:
-        texts['left_out.txt'] = left_out
+        texts['left_out.txt'] = [f'{one_line(name)}: {why}\n' for name, why in left_out.items()]
 
     os.makedirs(out, exist_ok=True)
     for name, lines in texts.items():
         write_text(os.path.join(out, name), ''.join(lines))
-    report(inspections, files, held_out, texts, out)
+    report_audio(inspections, files, held_out)
+    report_files(left_out, texts, out)
+
+
+def inspect_folder(folder):
+    """Reads the audio files below a folder, as several processes.
+
+    Returns ({name: Inspection}, {name: why it is not read}), with names relative to the folder.
+    """
+    paths, unread = find_usable(folder, 'FOLDER')
+    reading = parallel_map(inspect_file, paths, default_n_cpu())
+    shown = tqdm(reading, 'reading', len(paths), unit='file', disable=None)
+    inspections = {os.path.relpath(path, folder): seen for path, seen in zip(paths, shown)}
+    return inspections, {os.path.relpath(path, folder): why for path, why in unread.items()}
+
+
+def sort_files(inspections, speaker):
+    """Returns ({speaker: names of files}, {name: why it is left out}) of {name: Inspection}."""
+    left_out = {}
+    for name, inspection in inspections.items():
+        fault = inspection.fault or fault_of_name(name, speaker)
+        if fault:
+            left_out[name] = fault
+
+    usable = [name for name in inspections if name not in left_out]
+    speaker_of = dict(zip(usable, speakers_of(usable, speaker)))
+    left_out |= find_copies(inspections, speaker_of)
+
+    files = {}
+    for name in usable:
+        if name not in left_out:
+            files.setdefault(speaker_of[name], []).append(name)
+    return files, left_out
 
 
 def inspect_file(path):
-    """Reads an audio file whole; returns an Inspection of it."""
+    """Reads an audio file whole, as evaluation does; returns an Inspection of it."""
     try:
-        audio, rate = soundfile.read(os.fsencode(path), dtype='float32', always_2d=True)
-    except soundfile.LibsndfileError as error:
-        return Inspection(0.0, 0, f'unreadable ({error.error_string})', False)
-
-    samples, channels = audio.shape
-    peak = np.abs(audio).max(initial=0)
-    fault = ''
-    if rate != RATE or channels != 1:
-        fault = f'{rate} Hz, {channels} channels; ffmpeg -i IN -ar 16000 -ac 1 OUT.wav converts it'
-    elif samples < 400:
-        fault = f'{samples} samples, less than a frame'
-    elif np.isnan(peak):
-        fault = 'not a number'
-    elif peak <= 1e-4:
-        fault = 'silent'
+        audio = read_audio(path, SHORTEST)
+    except BadInput as error:
+        return Inspection(str(error).removeprefix(f'{path}: '), rate_of(path))
     clipped = bool(np.mean(np.abs(audio) > 0.999) > 0.001)
-    return Inspection(samples / rate, rate, fault, clipped)
+    return Inspection('', RATE, len(audio) / RATE, clipped, sha256(audio.tobytes()))
 
 
-def fault_of_name(name):
+def rate_of(path):
+    """The sample rate in the header of a file, 0 if it cannot be read."""
+    try:
+        with soundfile.SoundFile(os.fsencode(path)) as file:
+            return file.samplerate
+    except soundfile.SoundFileError:
+        return 0
+
+
+def fault_of_name(name, speaker):
     """Why a file of this name, relative to the folder, cannot be in a list; or ''."""
-    if os.sep not in name:
-        return 'not in the folder of a speaker'
     if len(name.split()) > 1:
         return 'white space in its name, which lists cannot hold'
+    if not speaker:
+        return '' if os.sep in name else 'not in the folder of a speaker'
+    match = re.search(speaker, name)
+    if not match or not match[1]:
+        return f'--speaker {speaker} finds no speaker in its name'
     return ''
+
+
+def find_copies(inspections, speaker_of):
+    """{name: reason} of files with the samples of another one.
+
+    inspections: {name: Inspection}; speaker_of: {name: speaker} of the usable files. One file stays
+    of those of a speaker. None stays of those under several speakers: nothing says whose it is.
+    """
+    groups = {}
+    for name in speaker_of:
+        groups.setdefault(inspections[name].content, []).append(name)
+
+    copies = {}
+    for names in groups.values():
+        # The one that is least deep in folders is most likely the original.
+        first, *others = sorted(names, key=lambda name: (name.count(os.sep), name))
+        if len({speaker_of[name] for name in names}) == 1:
+            copies |= {name: f'a copy of another file: {first}' for name in others}
+        else:
+            copies[first] = f'the same audio is under another speaker: {others[0]}'
+            copies |= {name: f'the same audio is under another speaker: {first}' for name in others}
+    return copies
+
+
+def one_line(name):
+    """The name of a file without line breaks."""
+    return name.replace('\n', '\\n').replace('\r', '\\r')
 
 
 def choose_speakers(files, count, rng):
@@ -143,58 +211,77 @@ def choose_speakers(files, count, rng):
 
     if not 2 <= count <= min(len(several), len(files) - 2):
         raise BadInput(
-            f'--test_speakers {count}: there must be 2 at least, and as many left to train on; '
+            f'--test_speakers {count}: there must be at least 2, and as many left to train on; '
             f'{len(files)} speakers have usable files, {len(several)} of them more than one '
-            f'(--test_speakers 0: train_list.txt alone)'
+            f'(--test_speakers 0: only train_list.txt)'
         )
     return sorted(rng.choice(several, count, replace=False).tolist())
 
 
 def make_trials(files, rng, exhaustive):
-    """Trial lines from {speaker: files}: all pairs, or as many of either kind.
+    """Trial lines from {speaker: files}: all pairs, or as many of each kind.
 
-    As many: all target pairs (20,000 at most) and the same number of others.
+    As many: all target pairs (20,000 at most) and the same number of others. Needs memory for the
+    files and the lines only: all pairs of 100,000 files would take 80 GB.
     """
-    names = [name for speaker in files for name in files[speaker]]
-    lengths = [len(files[speaker]) for speaker in files]
-    speakers = np.repeat(np.arange(len(files)), lengths)
-    first, second = np.triu_indices(len(names), k=1)
-    target = speakers[first] == speakers[second]
+    names = [name for own in files.values() for name in own]
+    lengths = [len(own) for own in files.values()]
 
+    # Pairs are numbered file by file: first those of file 0 with later files, then those of file 1.
+    # The later files of the same speaker end where those of other speakers begin.
+    index = np.arange(len(names))
+    ends = np.repeat(np.cumsum(lengths), lengths)
+    targets = (index + 1, ends)
+    others = (ends, np.full(len(names), len(names)))
+
+    count_targets = count_pairs(*targets)
+    count_others = count_pairs(*others)
     if not exhaustive:
-        targets = np.flatnonzero(target)
-        others = np.flatnonzero(~target)
-        count = min(len(targets), len(others), 20000)
-        some_targets = rng.choice(targets, count, replace=False)
-        some_others = rng.choice(others, count, replace=False)
-        chosen = np.sort(np.concatenate([some_targets, some_others]))
-        first = first[chosen]
-        second = second[chosen]
-        target = target[chosen]
-
-    return [f'{int(t)} {names[a]} {names[b]}\n' for t, a, b in zip(target, first, second)]
+        count_targets = count_others = min(count_targets, count_others, MOST_TARGETS)
+    chosen = [
+        *((1, *pair) for pair in draw_pairs(*targets, count_targets, rng)),
+        *((0, *pair) for pair in draw_pairs(*others, count_others, rng)),
+    ]
+    chosen.sort(key=lambda trial: trial[1:])
+    return [f'{label} {names[a]} {names[b]}\n' for label, a, b in chosen]
 
 
-def report(inspections, files, held_out, texts, out):
-    """Prints what make_lists read and wrote."""
-    utterances = sum(len(names) for names in files.values())
-    seconds = np.array([audio.seconds for audio in inspections if not audio.fault])
+def count_pairs(begins, ends):
+    """How many pairs there are of each file i and the files begins[i] to ends[i] - 1."""
+    return int((ends - begins).sum())
+
+
+def draw_pairs(begins, ends, count, rng):
+    """Draws `count` different pairs [i, j], where j is from begins[i] to ends[i] - 1."""
+    totals = np.cumsum(ends - begins)
+    numbers = rng.choice(int(totals[-1]), count, replace=False, shuffle=False)
+    first = np.searchsorted(totals, numbers, side='right')
+    second = ends[first] - (totals[first] - numbers)
+    return np.stack([first, second], axis=1).tolist()
+
+
+def report_audio(inspections, files, held_out):
+    """Prints what the files are like; files: {speaker: names} of those in the lists."""
+    used = [inspections[name] for own in files.values() for name in own]
+    seconds = np.array([audio.seconds for audio in used])
     quantiles = np.quantile(seconds, [0, 0.05, 0.5, 0.95, 1])
     lengths = ', '.join(f'{quantile:.1f}' for quantile in quantiles)
-    rates = collections.Counter(audio.rate for audio in inspections if audio.rate)
+    rates = collections.Counter(audio.rate for audio in inspections.values() if audio.rate)
     of_rates = ', '.join(f'{rate} Hz: {count:,} files' for rate, count in rates.most_common())
-    clipped = sum(audio.clipped for audio in inspections)
+    clipped = sum(audio.clipped for audio in used)
     hours = seconds.sum() / 3600
-    print(f'usable       {utterances:,} utterances of {len(files):,} speakers, {hours:.1f} hours')
+    print(f'usable       {len(used):,} utterances of {len(files):,} speakers, {hours:.1f} hours')
     print(f'length       {lengths} s (shortest, 5 %, median, 95 %, longest)')
     print(f'rates        {of_rates}')
     print(f'clipped      {clipped:,} files (used all the same)')
     print(f'held out     {len(held_out):,} speakers: {" ".join(held_out[:20])}')
 
-    left_out = texts.get('left_out.txt', [])
-    faults = collections.Counter(line.split(': ', 1)[1].strip() for line in left_out)
-    for fault, count in faults.most_common(20):
-        print(f'left out     {count:,} files: {fault}')
+
+def report_files(left_out, texts, out):
+    """Prints what was left out, {name: reason}, and which of the texts were written in `out`."""
+    reasons = collections.Counter(reason.split(': ')[0] for reason in left_out.values())
+    for reason, count in reasons.most_common(20):
+        print(f'left out     {count:,} files: {reason}')
 
     for name, lines in texts.items():
         print(f'written      {os.path.join(out, name)}, {len(lines):,} lines')

@@ -374,7 +374,7 @@ def test_lists_of_own_speakers(recordings, tmp_path, capsys):
         'silent.wav': 'silent',
         'phone.wav': '8000 Hz',
         'two words.wav': 'white space',
-        'broken.wav': 'unreadable',
+        'broken.wav': 'cannot be read',
         'stray.wav': '',
     }
     for name, fault in faults.items():

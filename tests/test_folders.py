@@ -1,0 +1,309 @@
+"""What is found in a folder of recordings, what is left out, and which lists it makes."""
+
+import errno
+import os
+import shutil
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import wave, write_wav
+
+from dataLoader import find_audio, train_loader
+from exps import identify, lists
+from exps.lists import make_trials
+from tools import BadInput
+
+
+@pytest.fixture
+def recordings(tmp_path):
+    """Five speakers with three files each, sp0/0.wav to sp4/2.wav."""
+    folder = tmp_path / 'own'
+    for speaker in range(5):
+        for number in range(3):
+            sound = wave(speaker, 8000 + number)
+            write_wav(folder / f'sp{speaker}/{number}.wav', sound, subtype='PCM_16')
+    return folder
+
+
+def make_lists(folder, *flags):
+    """(Names in the training list, trials [(label, a, b)], {name: reason} left out) of a folder."""
+    out = folder.parent / 'lists'
+    shutil.rmtree(out, ignore_errors=True)
+    lists.main([str(folder), '--out', str(out), *flags])
+    texts = {path.name: path.read_text(errors='surrogateescape') for path in out.iterdir()}
+    train = [line.split()[1] for line in texts['train_list.txt'].splitlines()]
+    trials = [line.split() for line in texts.get('trials.txt', '').splitlines()]
+    left_out = dict(line.split(': ', 1) for line in texts.get('left_out.txt', '').splitlines())
+    return train, trials, left_out
+
+
+def refusal(capsys, folder, *flags):
+    """The message that exps.lists ends with; it must end with status 2 and leave no lists."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        lists.main([str(folder), '--out', str(folder.parent / 'none'), *flags])
+    assert stop.value.code == 2
+    assert not (folder.parent / 'none').exists()
+    return capsys.readouterr().err
+
+
+# Walking.
+
+
+def refuse_folder(monkeypatch, refused, number):
+    """Lets os.scandir of one folder fail, as the system does."""
+
+    def scandir(path='.'):
+        if os.fspath(path) == str(refused):
+            raise OSError(number, os.strerror(number), os.fspath(path))
+        return original(path)
+
+    original = os.scandir
+    monkeypatch.setattr(os, 'scandir', scandir)
+
+
+@pytest.mark.parametrize('number', [errno.EACCES, errno.EIO])
+@pytest.mark.parametrize('below', ['', 'sp3', 'sp3/deep'])
+def test_a_folder_that_cannot_be_read_is_an_error(recordings, capsys, monkeypatch, below, number):
+    write_wav(recordings / 'sp3/deep/0.wav', wave(9, 8000))
+    refuse_folder(monkeypatch, recordings / below if below else recordings, number)
+    message = refusal(capsys, recordings)
+    assert str(recordings / below) in message and os.strerror(number) in message
+    with pytest.raises(BadInput, match=f'--rir_path: {recordings / below}'):
+        find_audio(str(recordings), '--rir_path')
+
+
+def test_a_folder_of_noises_that_cannot_be_read_stops_training(tree, monkeypatch):
+    refused = Path(tree['musan_path'], 'noise/source')
+    refuse_folder(monkeypatch, refused, errno.EACCES)
+    with pytest.raises(BadInput, match=f'--musan_path: {refused}'):
+        train_loader(**tree, num_frames=20)
+
+
+HIDDEN = (
+    '._0.wav',
+    'sp1/._0.wav',
+    'sp1/.ipynb_checkpoints/0-checkpoint.wav',
+    '.Trash-1000/files/0.wav',
+    '.AppleDouble/0.wav',
+    '__MACOSX/sp1/0.wav',
+    '@eaDir/0.wav',
+)
+
+
+def test_what_systems_leave_behind_is_skipped_and_counted_once(recordings, capsys):
+    expected = find_audio(str(recordings), 'FOLDER')
+    for name in HIDDEN:
+        write_wav(recordings / name, wave(1, 8000))
+    for name in ('.DS_Store', 'sp1/Thumbs.db', 'desktop.ini'):
+        (recordings / name).write_bytes(b'\0')
+    capsys.readouterr()
+    assert find_audio(str(recordings), 'FOLDER') == expected
+    assert capsys.readouterr().err.count('8 files and folders are skipped') == 1
+    train, trials, left_out = make_lists(recordings)
+    names = {*train, *(name for trial in trials for name in trial[1:])}
+    assert len(names) == 15 and not left_out
+
+
+def test_a_folder_may_itself_be_hidden(recordings):
+    hidden = recordings.rename(recordings.parent / '.own')
+    assert len(find_audio(str(hidden), 'FOLDER')) == 15
+
+
+def test_a_loop_of_links_lists_each_file_once(recordings):
+    expected = find_audio(str(recordings), 'FOLDER')
+    (recordings / 'sp1/up').symlink_to(recordings)
+    (recordings / 'sp2/itself').symlink_to('itself')
+    (recordings / 'sp3/here').symlink_to('.')
+    assert find_audio(str(recordings), 'FOLDER') == expected
+
+
+def test_links_to_files_and_folders_are_followed(recordings, tmp_path):
+    (tmp_path / 'links').mkdir()
+    (tmp_path / 'links/a').symlink_to(recordings / 'sp1')
+    (tmp_path / 'links/b.wav').symlink_to(recordings / 'sp2/0.wav')
+    found = find_audio(str(tmp_path / 'links'), 'FOLDER')
+    assert [os.path.relpath(path, tmp_path / 'links') for path in found] == [
+        'a/0.wav',
+        'a/1.wav',
+        'a/2.wav',
+        'b.wav',
+    ]
+
+
+def test_pipes_and_links_to_nothing_are_left_out_and_named(recordings, capsys):
+    """Opening a pipe would wait for ever."""
+    os.mkfifo(recordings / 'sp1/pipe.wav')
+    (recordings / 'sp2/gone.wav').symlink_to('nothing.wav')
+    assert len(find_audio(str(recordings), 'FOLDER', any_format=True)) == 15
+    message = capsys.readouterr().err
+    assert 'sp1/pipe.wav' in message and 'sp2/gone.wav' in message
+
+
+# Formats.
+
+
+def test_other_formats_are_named_with_the_way_to_convert_them(recordings, capsys):
+    for number in range(8):
+        (recordings / f'sp1/{number}.m4a').write_bytes(b'\0\0\0\x18ftypM4A ')
+        (recordings / f'sp2/{number}.MP3').write_bytes(b'ID3')
+    (recordings / 'sp1/notes.txt').write_text('no audio')
+    _, _, left_out = make_lists(recordings)
+    assert len(left_out) == 16
+    assert all('ffmpeg' in reason for reason in left_out.values())
+
+    capsys.readouterr()
+    assert len(find_audio(str(recordings), 'FILES', any_format=True)) == 15 + 8
+    message = capsys.readouterr().err
+    assert all(f'sp1/{number}.m4a' in message for number in range(8)) and 'ffmpeg' in message
+    assert 'MP3' not in message, 'embed and identify read it'
+
+
+def test_a_folder_of_another_format_only_is_refused_with_the_way_out(recordings, capsys):
+    for path in recordings.rglob('*.wav'):
+        path.rename(path.with_suffix('.m4a'))
+    message = refusal(capsys, recordings)
+    assert 'FOLDER' in message and 'sp0/0.m4a' in message and 'ffmpeg' in message
+
+
+def test_a_folder_without_a_usable_file_is_the_folders_fault(recordings, capsys):
+    for path in recordings.rglob('*.wav'):
+        path.write_bytes(b'')
+    message = refusal(capsys, recordings)
+    assert 'FOLDER' in message and 'sp0/0.wav' in message and '--test_speakers' not in message
+
+
+# Copies.
+
+
+def test_copies_count_once_and_are_named(recordings):
+    """Whether they are files, hard links, links or the same samples in another format."""
+    for speaker in range(5):
+        shutil.copytree(recordings / f'sp{speaker}', recordings / f'sp{speaker}/sp{speaker}')
+    os.link(recordings / 'sp1/0.wav', recordings / 'sp1/hard.wav')
+    (recordings / 'sp2/link.wav').symlink_to('0.wav')
+    samples, _ = soundfile.read(recordings / 'sp3/0.wav', dtype='int16')
+    write_wav(recordings / 'sp3/0.flac', samples, subtype='PCM_16')
+    train, trials, left_out = make_lists(recordings, '--exhaustive')
+    used = {*train, *(name for trial in trials for name in trial[1:])}
+    assert len(used) == 15
+    assert set(left_out) >= {f'sp{n}/sp{n}/{i}.wav' for n in range(5) for i in range(3)}
+    assert len(left_out) == 18
+    assert all(reason.split(': ')[1] in used for reason in left_out.values())
+
+
+def test_the_same_audio_under_two_speakers_is_of_neither(recordings):
+    """Nothing says whose it is."""
+    shutil.copy(recordings / 'sp1/0.wav', recordings / 'sp2/other.wav')
+    train, trials, left_out = make_lists(recordings)
+    assert set(left_out) == {'sp1/0.wav', 'sp2/other.wav'}
+    assert 'sp2/other.wav' in left_out['sp1/0.wav'] and 'sp1/0.wav' in left_out['sp2/other.wav']
+    names = {*train, *(name for trial in trials for name in trial[1:])}
+    assert names.isdisjoint(left_out)
+
+
+def test_empty_files_are_faults_and_not_copies(recordings):
+    for name in ('sp1/a.wav', 'sp2/b.wav'):
+        write_wav(recordings / name, np.zeros(0))
+    _, _, left_out = make_lists(recordings)
+    assert set(left_out) == {'sp1/a.wav', 'sp2/b.wav'}
+    assert not any('speaker' in reason or 'copy' in reason for reason in left_out.values())
+
+
+def test_names_that_lists_cannot_hold_are_left_out(recordings):
+    for name in ('two words.wav', 'two\nlines.wav', os.fsdecode(b'\xff.wav')):
+        written = write_wav(recordings / 'sp1/new/a.wav', wave(len(name), 9000))
+        os.rename(written, recordings / 'sp1/new' / name)
+    train, trials, left_out = make_lists(recordings)
+    assert set(left_out) == {'sp1/new/two words.wav', 'sp1/new/two\\nlines.wav'}
+    names = {*train, *(name for trial in trials for name in trial[1:])}
+    assert os.fsdecode(b'sp1/new/\xff.wav') in names
+
+
+# Speakers and trials.
+
+
+def test_speakers_by_the_rule_that_everything_has(recordings, capsys):
+    """Below a folder that all share, and by a pattern in the names of one folder."""
+    deep = recordings.parent / 'deep'
+    shutil.copytree(recordings, deep / 'corpus/wav')
+    train, trials, _ = make_lists(deep)
+    speakers = {name.split('/')[2] for name in train}
+    speakers |= {name.split('/')[2] for trial in trials for name in trial[1:]}
+    assert speakers == {f'sp{n}' for n in range(5)}
+
+    flat = recordings.parent / 'flat'
+    flat.mkdir()
+    for path in recordings.rglob('*.wav'):
+        shutil.copy(path, flat / f'{path.parent.name}_{path.name}')
+    write_wav(flat / 'hum.wav', wave(9, 9000))
+    _, trials, left_out = make_lists(flat, '--speaker', r'(sp\d)_', '--exhaustive')
+    assert list(left_out) == ['hum.wav']
+    assert all((label == '1') == (a[:3] == b[:3]) for label, a, b in trials)
+
+
+@pytest.mark.parametrize('option, value', [('--seed', '-1'), ('--test_speakers', '-1')])
+def test_a_wrong_number_is_refused_before_the_work(recordings, capsys, option, value):
+    message = refusal(capsys, recordings, option, value)
+    assert option in message and value in message and 'reading' not in message
+
+
+def pairs_of(lines):
+    return [tuple(line.split()) for line in lines]
+
+
+def test_trials_are_those_of_a_plain_loop():
+    files = {'a': ['a/0', 'a/1', 'a/2'], 'b': ['b/0'], 'c': ['c/0', 'c/1']}
+    names = [name for own in files.values() for name in own]
+    expected = []
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            expected.append((str(int(first[0] == second[0])), first, second))
+    everything = pairs_of(make_trials(files, np.random.default_rng(0), exhaustive=True))
+    assert everything == expected
+
+    seen = set()
+    for seed in range(60):
+        chosen = pairs_of(make_trials(files, np.random.default_rng(seed), exhaustive=False))
+        assert [label for label, _, _ in chosen].count('1') == 4 and len(set(chosen)) == 8
+        assert set(chosen) <= set(expected)
+        seen |= set(chosen)
+    assert seen == set(expected), 'every pair can be drawn'
+
+
+def test_trials_of_many_files_need_little_memory():
+    """All pairs of 20,000 files would take 3.2 GB."""
+    files = {f'{s}': [f'{s}/{n}' for n in range(100)] for s in range(200)}
+    tracemalloc.start()
+    chosen = pairs_of(make_trials(files, np.random.default_rng(0), exhaustive=False))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(set(chosen)) == 40000
+    assert peak < 50e6
+
+
+# People to identify.
+
+
+def test_people_are_found_by_the_same_walk(recordings, capsys, monkeypatch):
+    for name in HIDDEN:
+        write_wav(recordings / name, wave(1, 8000))
+    (recordings / 'Thumbs.db').write_bytes(b'\0')
+    capsys.readouterr()
+    people = identify.read_people(str(recordings))
+    assert {name: len(paths) for name, paths in people.items()} == {f'sp{n}': 3 for n in range(5)}
+    assert capsys.readouterr().err.count('are skipped') == 1
+
+    refuse_folder(monkeypatch, recordings / 'sp3', errno.EACCES)
+    with pytest.raises(BadInput, match=f'--people: {recordings / "sp3"}'):
+        identify.read_people(str(recordings))
+
+
+def test_a_person_without_a_usable_recording_is_an_error(recordings):
+    for path in (recordings / 'sp3').iterdir():
+        path.rename(path.with_suffix('.m4a'))
+    with pytest.raises(BadInput, match='--people .*sp3'):
+        identify.read_people(str(recordings))
