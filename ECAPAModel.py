@@ -62,15 +62,17 @@ OTHER_FILES = {
 
 
 class ECAPAModel(nn.Module):
-    """Speaker encoder and AAM-softmax classifier, with the optimiser that trains them.
+    """Speaker encoder and classifier, with the optimiser that trains them.
 
+    encoder, loss: names in model.ENCODERS and loss.LOSSES; D below is the size of an embedding, 192
+    for ECAPA-TDNN.
     lr: learning rate, multiplied by lr_decay every test_step epochs; C: channels of the encoder;
     n_class: speakers; m, s: margin and scale of AAM-softmax; device: as in choose_device;
     precision: 'bf16' (the encoder's convolutions; features, pooling statistics and loss stay
     float32), 'fp32' (as PyTorch has it: on a GPU convolutions round to TF32), 'exact' (as 'fp32',
     for the command, which forbids TF32) or 'auto', bf16 on a GPU that has it, else fp32; n_cpu:
-    processes that read files in evaluation. The others are the command's, with its defaults. Raises
-    TypeError for a name that is none of these, nor an option of the published command.
+    processes that read files in evaluation. The others are the command's, with its defaults.
+    Options of the published command that are not used here are accepted; others raise TypeError.
 
     Where processes train together, gradients are averaged over them, and batch norms use the
     statistics of all.
@@ -174,7 +176,7 @@ class ECAPAModel(nn.Module):
         encode = self.train_encode if self.speaker_encoder.training else self.speaker_encoder.encode
         half = self.precision == 'bf16'
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
-            embedding = encode(features)  # (B, 192)
+            embedding = encode(features)  # (B, D)
         return self.speaker_loss(embedding, labels)
 
     def train_step(self, audio, labels):
@@ -211,6 +213,7 @@ class ECAPAModel(nn.Module):
         steps = len(loader)
         if steps == 0:
             raise BadInput('an epoch has no full batch: the list is shorter than --batch_size')
+        # Frozen epochs train only the classifier.
         self.train()
         trains_encoder = epoch > self.freeze_epochs
         self.speaker_encoder.train(trains_encoder).requires_grad_(trains_encoder)
@@ -281,7 +284,7 @@ class ECAPAModel(nn.Module):
         return results
 
     def embed(self, paths):
-        """Unit embeddings of whole files, float32 (N, 192), of any rate and number of channels.
+        """Unit embeddings of whole files, float32 (N, D), of any rate and number of channels.
 
         What had to be converted is said on standard error.
         """
@@ -290,7 +293,7 @@ class ECAPAModel(nn.Module):
     def embed_speakers(self, files):
         """One embedding for each speaker: the mean of embed_files over the speaker's files.
 
-        files: a list of paths for each speaker. Returns (speakers, 2, 192); a score against a mean
+        files: a list of paths for each speaker. Returns (speakers, 2, D); a score against a mean
         is the mean of the scores.
         """
         embeddings = self.embed_files([path for paths in files for path in paths])
@@ -299,7 +302,7 @@ class ECAPAModel(nn.Module):
 
     @torch.inference_mode()
     def embed_files(self, paths, any_format=False):
-        """Each file as two vectors, float32 (N, 2, 192).
+        """Each file as two vectors, float32 (N, 2, D).
 
         The first is the unit embedding of the whole utterance; the second the mean of the unit
         embeddings of its five crops, so that the dot product of two means is the mean over 25 pairs
@@ -353,7 +356,7 @@ class ECAPAModel(nn.Module):
         return embeddings.numpy()
 
     def embed_window(self, window, embeddings):
-        """Fills in embeddings (N, 2, 192), zeros so far, from a list of (index, audio (samples,)).
+        """Fills in embeddings (N, 2, D), zeros so far, from a list of (index, audio (samples,)).
 
         Nothing waits for a GPU.
         """
@@ -362,7 +365,7 @@ class ECAPAModel(nn.Module):
         self.embed_crops(window, embeddings[:, 1], batch_frames)
 
     def embed_whole(self, window, embeddings, batch_frames):
-        """Adds the unit embeddings of whole utterances, or of their parts, to embeddings (N, 192).
+        """Adds the unit embeddings of whole utterances, or of their parts, to embeddings (N, D).
 
         Utterances of about the same length share a batch.
         """
@@ -387,7 +390,7 @@ class ECAPAModel(nn.Module):
             embeddings.index_add_(0, self.upload(indices), vectors)
 
     def embed_crops(self, window, embeddings, batch_frames):
-        """Sets rows of embeddings (N, 192) to the mean unit embedding of each utterance's crops."""
+        """Sets rows of embeddings (N, D) to the mean unit embedding of each utterance's crops."""
         encoder = self.speaker_encoder
         size = max(1, batch_frames // (5 * (1 + EVAL_CROP // HOP)))
         for start in range(0, len(window), size):
@@ -487,7 +490,7 @@ class Diverged(BadInput):
 
 
 def unusable(embeddings, paths):
-    """Sentences on the files whose embeddings (N, 2, 192) are zero or not finite."""
+    """Sentences on the files whose embeddings (N, 2, D) are zero or not finite."""
     # Numbers too large for float32 end as NaN, or as zeros where the norm alone is too large. The
     # comparison is false for NaN.
     usable = (embeddings.norm(dim=2) > 0).all(dim=1)
@@ -501,7 +504,9 @@ def refuse(faults, count):
         raise BadInput('\n'.join([f'{len(faults)} of {count} files cannot be embedded:', *faults]))
 
 
-# Machinery: cohorts; saving, resuming and loading; what can be wrong with a checkpoint; devices.
+# Machinery: cohorts; saving and resuming; reading checkpoints; devices.
+
+# Cohorts.
 
 
 def load_cohort(system, checkpoint, files):
@@ -556,6 +561,9 @@ def read_cohort(path, key):
         if str(kept['key']) == key:
             return kept['cohort']
     return None
+
+
+# Saving and resuming.
 
 
 class Done(NamedTuple):
@@ -645,6 +653,9 @@ def load_optimiser(optim, saved, path):
     optim.param_groups[0]['weight_decay'] = weight_decay
 
 
+# Models with the weights of a checkpoint.
+
+
 def load_weights(system, weights, path):
     """Loads a state dict that was read from `path`.
 
@@ -713,6 +724,9 @@ def model_of(weights, path, **options):
     if left_out:
         raise BadInput(f'{path}: {left_out[0]} does not fit the loss {found["loss"]}')
     return system
+
+
+# The checkpoints of a run's folder.
 
 
 def prune(folder, keep, epoch):
@@ -813,6 +827,9 @@ def read_state(path, epoch):
     return state
 
 
+# Reading checkpoints.
+
+
 def read_checkpoint(path):
     """(State dict, SHA-256) of a checkpoint.
 
@@ -904,6 +921,9 @@ def what_it_is(content, error):
         if re.match(sign, content, re.DOTALL | re.IGNORECASE):
             return meaning
     return f'it is not a PyTorch file: {len(content):,} bytes that begin with {content[:24]!r}'
+
+
+# Devices.
 
 
 def choose_device(name='auto'):
