@@ -295,7 +295,7 @@ def announce(content, size):
 
 @pytest.mark.parametrize(
     'announced',
-    [0, 1, 2, 11998, 11999, 12001, 12002, 2**31 - 2**16 - 2, 2**31 - 2, 2**32 - 1],
+    [1, 2, 11998, 11999, 12001, 12002, 2**31 - 2**16 - 2, 2**31 - 2, 2**32 - 1],
 )
 def test_headers_that_lie_about_the_length(zoo, capsys, announced):
     content = audio_file('WAV', 'PCM_16', 16000, 1, 6000)
