@@ -322,5 +322,5 @@ def test_bad_noise_met_in_a_worker_is_named(tree, capsys):
     options = dict(SMALL, n_cpu=1, batch_size=12, max_epoch=9)
     message = refusal(command_line(**options, **tree), capsys)
     assert 'speech/source/recording' in message
-    assert 'cannot be decoded' in message
+    assert 'cut short' in message
     assert len(message.splitlines()) == 1
