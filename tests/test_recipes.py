@@ -14,8 +14,10 @@ from scipy.stats import chisquare
 
 import trainECAPAModel
 from dataLoader import train_loader
-from ECAPAModel import ECAPAModel
+from ECAPAModel import ECAPAModel, describe
 from exps import average
+from loss import LOSSES
+from model import ECAPA_TDNN, ENCODERS
 from tools import HARMLESS, PUBLISHED_OPTIONS, options_for, read_scores
 
 pytestmark = pytest.mark.usefixtures('short_crops')
@@ -84,6 +86,69 @@ EARLIER = [
     'speed_perturb', 'C', 'n_class', 'precision', 'train_list', 'eval_list', 'codec',
     'musan_path', 'rir_path',
 ]  # fmt: skip
+
+
+class Longer(ECAPA_TDNN):
+    """The network with one more tensor."""
+
+    def __init__(self, C):
+        super().__init__(C)
+        self.extra = torch.nn.Parameter(torch.ones(1))
+
+
+class Alike(ECAPA_TDNN):
+    """The network with another function, but the same tensors."""
+
+
+class Spread(torch.nn.Module):
+    """A loss without weights: embeddings of different speakers move apart."""
+
+    def __init__(self, n_class, m, s, size):
+        super().__init__()
+
+    def set_margin(self, margin):
+        pass
+
+    def forward(self, x, label):
+        cosines = torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(x).T
+        return (cosines * (label != label.view(-1, 1))).mean(), torch.zeros(1)
+
+    @staticmethod
+    def classes_of(state):
+        return None if state else 0
+
+
+def test_an_encoder_made_from_another_one_is_told_apart(monkeypatch):
+    monkeypatch.setitem(ENCODERS, 'longer', Longer)
+    for encoder in ('ecapa', 'longer'):
+        state = make_system(encoder=encoder).state_dict()
+        assert describe(state)['encoder'] == encoder
+        # Of a damaged checkpoint too, so that the message is about the tensor that is missing.
+        del state['speaker_encoder.fc6.bias']
+        assert describe(state)['encoder'] == encoder
+
+
+def test_an_encoder_that_no_checkpoint_could_tell_is_refused_before_training(
+    tree, monkeypatch, capsys
+):
+    monkeypatch.setitem(ENCODERS, 'alike', Alike)
+    with pytest.raises(SystemExit) as stop:
+        run(**tree, encoder='alike', max_epoch=1)
+    assert stop.value.code == 2
+    assert '--encoder alike' in capsys.readouterr().err
+    assert not Path(tree['save_path']).exists()
+
+
+def test_a_loss_without_weights_is_trained_continued_and_scored(tree, monkeypatch, capsys):
+    monkeypatch.setitem(LOSSES, 'spread', Spread)
+    for max_epoch in (1, 2):
+        run(**tree, loss='spread', max_epoch=max_epoch)
+    model = f'{tree["save_path"]}/model/model_0002.model'
+    assert not [name for name in weights(model) if name.startswith('speaker_loss')]
+    run('--eval', **tree, initial_model=model)
+    with pytest.raises(SystemExit):
+        run(**tree, max_epoch=3)
+    assert '--loss aam (was spread)' in capsys.readouterr().err
 
 
 def recipe_system(recipe):
