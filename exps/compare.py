@@ -33,6 +33,7 @@ from tqdm import tqdm
 from tools import (
     CALIBRATED,
     FIGURES,
+    HARMLESS,
     BadInput,
     calibration_figures,
     draw_speakers,
@@ -176,12 +177,13 @@ def options_of(experiment):
     if not experiment.folder or not os.path.exists(path):
         return None
     with open(path, encoding='utf-8', errors='surrogateescape') as file:
-        lines = sorted(line.rstrip('\n') for line in file if line.startswith('--'))
-    ignored = re.compile('--(seed|save_path|n_cpu|device|keep|force|max_bad)( |=|$)')
-    kept = [line for line in lines if not ignored.match(line)]
-    seeds = [line for line in lines if re.match('--seed( |=)', line)]
-    key = tuple(re.sub('^(--initial_model[ =]).*/', r'\1', line) for line in kept)
-    return key, ' '.join(seeds)
+        lines = [line.rstrip('\n') for line in file if line.startswith('--')]
+    options = dict(re.fullmatch('--([^ =]+)[ =]?(.*)', line).groups() for line in lines)
+    seed = options.pop('seed', '')
+    if 'initial_model' in options:
+        options['initial_model'] = os.path.basename(options['initial_model'])
+    counted = {item for item in options.items() if item[0] not in HARMLESS}
+    return frozenset(counted), seed
 
 
 def read_samples(experiments, groups):
