@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import io
 import json
+import math
 import os
 import platform
 import posixpath
@@ -15,6 +16,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from typing import NamedTuple
@@ -22,13 +24,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from scipy.special import logit
-from sklearn.isotonic import IsotonicRegression
+from scipy.special import ndtr, stdtrit
 from sklearn.metrics import roc_curve
 from tqdm import tqdm
 
-FIGURES = ('EER', 'minDCF(0.01)', 'minDCF(0.05)')  # the prior of a target with minDCF; both costs 1
-CALIBRATED = ('Cllr', 'minCllr')  # of natural log-likelihood ratios
+PRIORS = {'minDCF(0.01)': 0.01, 'minDCF(0.05)': 0.05}  # of a target; both costs are 1
+FIGURES = ('EER', *PRIORS)
 REPLICATES = 1000  # of the speakers of a list, for an interval
 FEWEST_SPEAKERS = 5  # below which an interval says nothing
 SPEAKER_RULE = (
@@ -37,8 +38,8 @@ SPEAKER_RULE = (
 )
 
 
-# 1. Measures: scores of trials and their normalisation; EER, minDCF and Cllr, and how sure these
-# are; accuracy.
+# 1. Measures: scores of trials and their normalisation; EER and minDCF, and how sure these are;
+# accuracy.
 
 
 class Scored(NamedTuple):
@@ -59,35 +60,16 @@ def score_kinds(embeddings, pairs, cohort=None, top_n=None, subtract_mean=False)
     for kind, vectors, speakers in vectors_of_kinds(embeddings, cohort, subtract_mean):
         scores[kind] = score_pairs(vectors, pairs)
         if top_n:
-            name = f'{kind} asnorm'.removeprefix('raw ')
-            scores[name] = as_norm(scores[kind], vectors, pairs, speakers, top_n)
-    return scores
-
-
-def score_grid(models, tests, cohort=None, top_n=None, subtract_mean=False):
-    """All kinds of scores {kind: (tests, models)} of all embeddings of tests with all of models.
-
-    Both are (files, 2, 192), and all else is as in score_kinds.
-    """
-    scores = {}
-    sides = [vectors_of_kinds(side, cohort, subtract_mean) for side in (models, tests)]
-    for (kind, enrolled, speakers), (_, tested, _) in zip(*sides):
-        grid = 0.5 * tested.reshape(len(tested), -1) @ enrolled.reshape(len(enrolled), -1).T
-        scores[kind] = grid
-        if top_n:
-            mean, std = cohort_moments(enrolled, speakers, top_n)
-            by_model = (grid - mean) / std
-            mean, std = cohort_moments(tested, speakers, top_n)[..., None]
-            by_test = (grid - mean) / std
-            scores[f'{kind} asnorm'.removeprefix('raw ')] = (by_model + by_test) / 2
+            normalised = 'asnorm' if kind == 'raw' else f'{kind} asnorm'
+            scores[normalised] = as_norm(scores[kind], vectors, pairs, speakers, top_n)
     return scores
 
 
 def vectors_of_kinds(embeddings, cohort, subtract_mean):
-    """Yields (kind, embeddings, cohort), as they are scored for 'raw' and for 'centred'.
+    """Yields (kind, embeddings, cohort) for 'raw' and, with subtract_mean, for 'centred'.
 
-    'centred' has both vectors of a file less the cohort's mean, then of unit length, so that crops
-    count by the cosine of their means; the cohort's likewise.
+    'centred': subtract the cohort mean from both vectors of a file and normalise them; the same for
+    the cohort.
     """
     # The mean of several utterances' whole embeddings is shorter than 1.
     vectors = embeddings.copy()
@@ -130,28 +112,28 @@ def as_norm(scores, embeddings, pairs, cohort, top_n):
 
 
 def cohort_moments(embeddings, cohort, top_n):
-    """Mean and deviation of the top_n highest scores of each file against a cohort.
+    """Computes mean and deviation of the top_n highest scores of each file against a cohort.
 
     embeddings: (files, 2, 192); cohort: (speakers, 2, 192), scored against each file as a trial is,
-    all of them if they are fewer than top_n. Returns float32 (2, files). Raises BadInput where a
-    file's cohort scores do not differ.
+    all of them if they are fewer than top_n. Returns float32 (2, files). Raises BadInput if a file
+    scores the same against all of them.
     """
     top_n = min(top_n, len(cohort))
     speakers = torch.from_numpy(0.5 * cohort.reshape(len(cohort), -1)).T
     vectors = torch.from_numpy(embeddings.reshape(len(embeddings), -1))
-    moments = np.empty((2, len(vectors)), np.float32)
+    threads = available_cpus()
 
-    def fill_in(rows, scores):
+    def moments_of(scores):
         # NumPy selects faster than torch.topk, and in several threads.
         closest = np.partition(scores, -top_n, axis=1)[:, -top_n:]
-        moments[0, rows] = closest.mean(axis=1)
-        moments[1, rows] = closest.std(axis=1)
+        return np.stack([closest.mean(axis=1), closest.std(axis=1)])
 
-    with ThreadPoolExecutor(available_cpus()) as pool:
-        for rows in np.array_split(np.arange(len(vectors)), len(vectors) // 4096 + 1):
-            scores = (vectors[rows] @ speakers).numpy()
-            parts = np.array_split(rows, available_cpus())
-            list(pool.map(fill_in, parts, np.array_split(scores, len(parts))))
+    parts = []
+    with ThreadPoolExecutor(threads) as pool:
+        for files in vectors.split(4096):
+            scores = (files @ speakers).numpy()
+            parts += pool.map(moments_of, np.array_split(scores, threads))
+    moments = np.concatenate(parts, axis=1)
 
     # Written so that NaN is refused too.
     if not moments[1].min() > 0:
@@ -163,27 +145,78 @@ def cohort_moments(embeddings, cohort, top_n):
 
 
 def operating_points(scores, labels):
-    """{figure: {'value', 'threshold'}} of scores (N,) with labels (N,) for each of FIGURES.
+    """Computes FIGURES of scores (N,) with labels (N,), 1 (same speaker) or 0.
 
-    A trial is accepted above the threshold. The EER is in percent.
+    Returns {figure: {'value', 'threshold'}}; a trial is accepted above the threshold. The EER is in
+    percent.
     """
-    fnrs, fprs, thresholds = ComputeErrorRates(scores, labels)
-    _, eer, _, _ = tuneThresholdfromScore(scores, labels, [1])
-    points = {'EER': (eer, thresholds[np.argmin(np.abs(fnrs - fprs))])}
-    for prior in (0.01, 0.05):
-        points[f'minDCF({prior})'] = ComputeMinDcf(fnrs, fprs, thresholds, prior, 1, 1)
+    scores, is_target, ends, _ = sort_by_score(scores, labels)
+    misses, false_alarms = error_rates(np.ones(len(scores), int), is_target, ends)
+    thresholds = np.append(-np.inf, scores[ends])
     return {
-        name: {'value': float(value), 'threshold': float(threshold)}
-        for name, (value, threshold) in points.items()
+        name: {'value': float(value), 'threshold': float(thresholds[index])}
+        for name, (value, index) in find_figures(misses, false_alarms).items()
     }
 
 
-def tuneThresholdfromScore(scores, labels, target_fa, target_fr=None):
-    """Operating points on the ROC of scores (N,) with labels (N,), 1 (same speaker) or 0.
+def sort_by_score(scores, labels):
+    """Sorts trials by their scores (N,), ascending.
 
-    target_fa, target_fr: wanted rates of false alarms and of misses. Returns (thresholds, EER in
-    percent, fpr, fnr): a [threshold, fpr, fnr] for each wanted rate (misses first), and the two
-    rates along the ROC. The EER is the larger of the two rates where they are closest.
+    Returns (scores, whether each is a target trial, the last index of each group of equal scores,
+    the order).
+    """
+    order = np.argsort(scores, kind='stable')
+    scores = np.asarray(scores)[order]
+    is_target = np.asarray(labels)[order] == 1
+    ends = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))
+    return scores, is_target, ends, order
+
+
+def error_rates(weights, is_target, ends):
+    """Computes the error rates of trials sorted by score, which count `weights` (N,) times each.
+
+    is_target, ends: what sort_by_score returns. Returns (misses, false alarms), (K + 1,) each, at
+    thresholds below all scores and at each of the K different ones. Equal scores are one threshold.
+    """
+    trials = np.cumsum(weights)[ends]
+    missed = np.cumsum(weights * is_target)[ends]
+    rejected = trials - missed
+    misses = np.append(0, missed / missed[-1])
+    false_alarms = 1 - np.append(0, rejected / rejected[-1])
+    return misses, false_alarms
+
+
+def find_figures(misses, false_alarms):
+    """Finds FIGURES on a curve of error_rates: {figure: (value, index of its threshold)}."""
+    indices = np.arange(len(misses))
+    figures = {'EER': find_eer(misses, false_alarms)}
+    for name, prior in PRIORS.items():
+        figures[name] = ComputeMinDcf(misses, false_alarms, indices, prior, 1, 1)
+    return figures
+
+
+def find_eer(misses, false_alarms):
+    """Returns (EER in percent, index of the nearest threshold) of a curve of error_rates.
+
+    The EER is where the two rates cross, on the straight line between neighbouring thresholds.
+    """
+    difference = misses - false_alarms  # rises from -1 to 1
+    after = np.argmax(difference >= 0)
+    before = after - 1
+    part = difference[before] / (difference[before] - difference[after])
+    eer = misses[before] + part * (misses[after] - misses[before])
+    nearest = after if difference[after] <= -difference[before] else before
+    return 100 * eer, nearest
+
+
+def tuneThresholdfromScore(scores, labels, target_fa, target_fr=None):
+    """Finds operating points on the ROC, as the published code does.
+
+    scores, labels: (N,), 1 for the same speaker or 0; target_fa, target_fr: wanted rates of false
+    alarms and of misses. Returns (thresholds, EER in percent, fpr, fnr): a [threshold, fpr, fnr]
+    for each wanted rate (misses first), and the two rates along the ROC. The EER is the larger of
+    the two rates where they are closest, on a ROC without the points on its straight parts;
+    operating_points has the exact one.
     """
     fpr, tpr, thresholds = roc_curve(labels, scores, pos_label=1)
     fnr = 1 - tpr
@@ -199,10 +232,10 @@ def tuneThresholdfromScore(scores, labels, target_fa, target_fr=None):
 
 
 def ComputeErrorRates(scores, labels):
-    """(Misses, false alarms, thresholds), (N,) each, of scores (N,) with labels (N,), 1 or 0.
+    """Returns (misses, false alarms, thresholds), (N,) each, as the published code computes them.
 
     Every score in ascending order is a threshold, above which a trial is accepted. Equal scores are
-    not grouped: each is a threshold of its own, in the order given, as in the published code.
+    not grouped: each is a separate threshold, in the order given.
     """
     order = np.argsort(scores, kind='stable')
     labels = np.asarray(labels)[order].astype(np.int64)
@@ -219,9 +252,37 @@ def ComputeMinDcf(fnrs, fprs, thresholds, p_target, c_miss, c_fa):
     return costs[best] / min(c_miss * p_target, c_fa * (1 - p_target)), thresholds[best]
 
 
-def interval_of(values):
-    """[2.5 %, 97.5 %] of the values (replicates,) of a figure, NaN ones left out."""
-    low, high = np.nanpercentile(values, [2.5, 97.5])
+def intervals_of(values, labels, speakers):
+    """Returns {figure: [low, high]}, intervals of 95 % from replicates of FIGURES (replicates, 3).
+
+    labels: (N,) of the trials; speakers: how many there are. There is none for a minDCF whose list
+    has too few trials of different speakers: the cost then rests on a few false alarms, or none.
+    """
+    others = np.sum(np.asarray(labels) != 1)
+    return {
+        name: interval_of(column, speakers)
+        for name, column in zip(FIGURES, values.T)
+        if others >= fewest_others(name)
+    }
+
+
+def fewest_others(name):
+    """Returns how many trials of different speakers the interval of a figure needs."""
+    if name not in PRIORS:
+        return 1
+    prior = PRIORS[name]
+    return round(30 * (1 - prior) / prior)
+
+
+def interval_of(values, speakers):
+    """Returns [low, high], the interval of 95 % of replicates (R,); NaN is left out.
+
+    The percentiles are expanded, as replicates of few speakers vary too little (Hesterberg, The
+    American Statistician, 2015).
+    """
+    quantile = stdtrit(speakers - 1, 0.025) * math.sqrt(speakers / (speakers - 1))
+    tail = 100 * ndtr(quantile)
+    low, high = np.nanpercentile(values, [tail, 100 - tail])
     return [float(low), float(high)]
 
 
@@ -235,73 +296,30 @@ def draw_speakers(count, replicates=REPLICATES, seed=0):
     return rng.multinomial(count, np.full(count, 1 / count), size=replicates)
 
 
-def replicate_figures(scores, labels, speakers, draws):
+def replicate_figures(scores, labels, speakers, draws, title=None):
     """FIGURES (replicates, 3) of scores (N,) with labels (N,), by a joint bootstrap over speakers.
 
-    speakers: int (N, 2), the two of each trial; draws: what draw_speakers returns, or an iterable
-    of its rows. In a replicate that draws a speaker c times, a target trial weighs c, and a
+    speakers: int (N, 2), the two of each trial; draws: what draw_speakers returns; title: of a
+    progress bar. In a replicate that draws a speaker c times, a target trial weighs c, and a
     non-target trial the product of the c of its two speakers. So both sides of a trial vary, and
     trials that share a speaker vary together; compare the bootstrap of rows and columns of Owen,
-    Annals of Applied Statistics, 2007. NaN where a replicate has no trials of one kind.
+    Annals of Applied Statistics, 2007. NaN if a replicate lacks target or non-target trials.
     """
-    order = np.argsort(scores, kind='stable')
-    scores = np.asarray(scores)[order]
-    is_target = np.asarray(labels)[order] == 1
+    _, is_target, ends, order = sort_by_score(scores, labels)
     first, second = np.asarray(speakers)[order].T
-    # Where a group of equal scores begins, which is one threshold of the EER.
-    begins = np.flatnonzero(np.concatenate([[True], scores[1:] != scores[:-1]]))
 
-    figures = []
-    for counts in draws:
+    def figures_of(counts):
         weights = counts[first] * np.where(is_target, 1, counts[second])
-        figures.append(weighted_figures(weights, is_target, begins))
-    return np.array(figures)
+        if not weights[is_target].any() or not weights[~is_target].any():
+            return [np.nan] * len(FIGURES)
+        figures = find_figures(*error_rates(weights, is_target, ends))
+        return [value for value, _ in figures.values()]
 
-
-def weighted_figures(weights, is_target, begins):
-    """FIGURES of trials in the ascending order of their scores, each repeated `weights` (N,) times.
-
-    The definitions are those of tuneThresholdfromScore and ComputeMinDcf. begins: where groups of
-    equal scores begin.
-    """
-    targets = weights * is_target
-    others = weights - targets
-    if not targets.any() or not others.any():
-        return [np.nan] * len(FIGURES)
-    target_groups = np.add.reduceat(targets, begins)
-    other_groups = np.add.reduceat(others, begins)
-    eer = weighted_eer(target_groups, other_groups)
-
-    present = weights > 0
-    misses = np.cumsum(targets[present])
-    rejections = np.cumsum(others[present])
-    # The lowest threshold rejects one copy of the lowest trial.
-    lowest = is_target[present][0]
-    misses = np.concatenate([[lowest], misses])
-    rejections = np.concatenate([[1 - lowest], rejections])
-    fnrs = misses / misses[-1]
-    fprs = 1 - rejections / rejections[-1]
-    costs = [ComputeMinDcf(fnrs, fprs, fnrs, prior, 1, 1)[0] for prior in (0.01, 0.05)]
-    return [eer, *costs]
-
-
-def weighted_eer(targets, others):
-    """EER in percent of the weights of target and other trials at each score, ascending.
-
-    As in roc_curve, which tuneThresholdfromScore calls, a point on a straight part of the curve is
-    no threshold.
-    """
-    present = targets + others > 0
-    accepted = np.cumsum(targets[present][::-1])
-    false = np.cumsum(others[present][::-1])
-    corners = (np.diff(accepted, 2) != 0) | (np.diff(false, 2) != 0)
-    corners = np.concatenate([[True], corners, [True]]) if len(accepted) > 1 else [True]
-    accepted = np.concatenate([[0], accepted[corners]])
-    false = np.concatenate([[0], false[corners]])
-    fnr = 1 - accepted / accepted[-1]
-    fpr = false / false[-1]
-    nearest = np.argmin(np.abs(fnr - fpr))
-    return 100 * max(fnr[nearest], fpr[nearest])
+    with ThreadPoolExecutor(available_cpus()) as pool:
+        done = pool.map(figures_of, draws)
+        # disable=None shows the bar only on a terminal.
+        disable = None if title else True
+        return np.array(list(tqdm(done, title, len(draws), disable=disable, leave=False)))
 
 
 def number_speakers(labels, pairs, speakers):
@@ -362,50 +380,33 @@ def split_path(path):
 def add_intervals(results, trial_lists):
     """Adds to each figure of score_lists' results its 'interval' of 95 %, [low, high].
 
-    A list without known speakers gets none, and a note says why.
+    Prints a note for a list, or a figure, that has none.
     """
     for trials, kinds in zip(trial_lists, results):
         if trials.speakers is None:
             say(f'note          no intervals for {trials.path}: {trials.why_no_speakers}')
             continue
-        draws = draw_speakers(trials.speaker_count())
+        count = trials.speaker_count()
+        draws = draw_speakers(count)
         for kind, scored in kinds.items():
-            # disable=None shows the bar on a terminal alone.
-            shown = tqdm(draws, f'how sure, {kind}', disable=None, leave=False)
-            values = replicate_figures(scored.scores, trials.labels, trials.speakers, shown)
-            for name, column in zip(FIGURES, values.T):
-                scored.figures[name]['interval'] = interval_of(column)
+            values = replicate_figures(
+                scored.scores, trials.labels, trials.speakers, draws, f'how sure, {kind}'
+            )
+            intervals = intervals_of(values, trials.labels, count)
+            for name, interval in intervals.items():
+                scored.figures[name]['interval'] = interval
             left_out = int(np.isnan(values[:, 0]).sum())
             if left_out:
                 say(
-                    f'note          {trials.path}: {left_out} of {REPLICATES} replicates had '
-                    'trials of one kind alone, and are left out of the intervals'
+                    f'note          {trials.path}: {left_out} of {REPLICATES} replicates have only '
+                    'target or only non-target trials, and are left out of the intervals'
                 )
-
-
-def calibration_figures(ratios, labels):
-    """{figure: {'value'}} of natural log-likelihood ratios (N,) with labels (N,), 1 or 0.
-
-    Cllr in bits (Brümmer and du Preez, 2006), the least Cllr that a monotone function of the
-    ratios has, and the costs at Bayes thresholds beside the minDCFs of operating_points.
-    """
-    # The isotonic fit gives the share of targets at each ratio; the odds of the list are taken off.
-    shares = IsotonicRegression().fit_transform(ratios, labels)
-    best = logit(shares) - logit(labels.mean())
-    figures = {'Cllr': log_cost(ratios, labels), 'minCllr': log_cost(best, labels)}
-    for prior in (0.01, 0.05):
-        accepted = ratios > -logit(prior)
-        misses = np.mean(~accepted[labels == 1])
-        false_alarms = np.mean(accepted[labels == 0])
-        figures[f'actDCF({prior})'] = misses + false_alarms * (1 / prior - 1)
-    return {name: {'value': float(value)} for name, value in figures.items()}
-
-
-def log_cost(ratios, labels):
-    """Cllr in bits of natural log-likelihood ratios (N,) with labels (N,), 1 or 0."""
-    targets = np.logaddexp(0, -ratios[labels == 1]).mean()
-    others = np.logaddexp(0, ratios[labels == 0]).mean()
-    return (targets + others) / 2 / np.log(2)
+        for name in FIGURES:
+            if name not in intervals:
+                say(
+                    f'note          {trials.path}: no interval for {name}, which needs at least '
+                    f'{fewest_others(name):,} trials of different speakers'
+                )
 
 
 def accuracy(output, target, topk=(1,)):
@@ -471,9 +472,9 @@ def provenance(command):
 
 
 def read_results(folder):
-    """{trial list: its entry} of a folder's results.json, {} where there is none.
+    """Reads a folder's results.json: {trial list: its entry}, {} if there is none.
 
-    An entry holds what write_results puts there. Raises BadInput where the file is something else.
+    write_results says what an entry holds. Raises BadInput if the file holds something else.
     """
     path = os.path.join(folder, 'results.json')
     if not os.path.exists(path):
@@ -482,15 +483,9 @@ def read_results(folder):
         with open(path, encoding='utf-8') as file:
             lists = json.load(file)['lists']
         for entry in lists.values():
-            for figures in entry['figures'].values():
-                float(figures['EER']['threshold'])
-            checkpoint = entry['checkpoint']
-            if not isinstance(entry['scores'] + checkpoint['path'] + checkpoint['sha256'], str):
-                raise TypeError
-            int(entry['trials'])
-            if os.path.basename(entry['scores']) in ('', '.', '..') or '\0' in entry['scores']:
-                raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            for name in ('figures', 'scores', 'trials', 'checkpoint'):
+                entry[name]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f'{path}: not what this --eval writes; move it away') from error
     return lists
 
@@ -499,19 +494,22 @@ def write_results(results, trial_lists, checkpoint, args):
     """Writes SAVE_PATH/results.json, where other lists stay, and scores/LIST.txt for each list.
 
     results: what ECAPAModel.score_lists returns for trial_lists; checkpoint: {'path', 'sha256'}. A
-    line of scores is `label scores... enrolment test`, a score for each kind. Of two lists of one
+    line of scores is `label scores... enrolment test`, a score for each kind. If two lists have one
     name, the second's file gets a number.
     """
+    os.makedirs(os.path.join(args.save_path, 'scores'), exist_ok=True)
     with one_at_a_time(args.save_path):
         lists = read_results(args.save_path)
         for trials, kinds in zip(trial_lists, results):
-            path = scores_path(trials.path, lists, args.save_path)
+            path = scores_path(args.save_path, choose_scores_file(trials.path, lists))
             columns = [[f'{score:.6f}' for score in scored.scores] for scored in kinds.values()]
             lines = []
             for label, scores, (enrolment, test) in zip(trials.labels, zip(*columns), trials.pairs):
                 names = [trials.names[enrolment], trials.names[test]]
                 lines.append(' '.join([str(label), *scores, *names]) + '\n')
             write_text(path, ''.join(lines))
+            for other in other_names(trials.path, lists):
+                del lists[other]
             lists[trials.path] = {
                 'figures': {kind: scored.figures for kind, scored in kinds.items()},
                 'scores': path,
@@ -527,10 +525,16 @@ def write_results(results, trial_lists, checkpoint, args):
         write_text(os.path.join(args.save_path, 'results.json'), text)
 
 
-def scores_path(trial_list, lists, folder):
-    """Where the scores of a trial list go: its file so far, else one that no other list has."""
-    if trial_list in lists:
-        return lists[trial_list]['scores']
+def scores_path(folder, scores):
+    """Returns where a folder's scores are: a results.json may come from another folder."""
+    return os.path.join(folder, 'scores', os.path.basename(scores.replace('\\', '/')))
+
+
+def choose_scores_file(trial_list, lists):
+    """Chooses the file for a trial list's scores: its file so far, or one of a new name."""
+    for name in (trial_list, *other_names(trial_list, lists)):
+        if name in lists:
+            return lists[name]['scores']
     taken = {os.path.basename(entry['scores']) for entry in lists.values()}
     stem, _ = os.path.splitext(os.path.basename(trial_list))
     name = f'{stem}.txt'
@@ -538,11 +542,43 @@ def scores_path(trial_list, lists, folder):
     while name in taken:
         number += 1
         name = f'{stem}_{number}.txt'
-    return os.path.join(folder, 'scores', name)
+    return name
+
+
+def other_names(trial_list, lists):
+    """Returns the other paths of a trial list among those of a results.json, such as absolute."""
+    place = os.path.abspath(trial_list)
+    return [path for path in lists if path != trial_list and os.path.abspath(path) == place]
+
+
+def read_list_scores(folder, trial_list, entry):
+    """Reads the scores of a trial list, by its entry in the folder's results.json.
+
+    Returns (labels (N,), {kind: scores (N,)}, names [(enrolment, test)]). Raises BadInput if they
+    are not the scores that the entry's figures were computed from.
+    """
+    path = scores_path(folder, entry['scores'])
+    labels, scores, names = read_trial_scores(path)
+    kinds = list(entry['figures'])
+    if scores.shape != (entry['trials'], len(kinds)):
+        raise BadInput(f'{path}: other trials or kinds than results.json has; score it again')
+    for kind, column in zip(kinds, scores.T):
+        eer = entry['figures'][kind]['EER']['value']
+        # Each score was rounded to 6 digits, so a target may be 1e-6 closer to another trial than
+        # it was, or farther. The EER falls as targets rise: the true one is between these two.
+        rounding = 1.001e-6 * labels
+        lowest = operating_points(column + rounding, labels)['EER']['value']
+        highest = operating_points(column - rounding, labels)['EER']['value']
+        if not lowest - 1e-6 <= eer <= highest + 1e-6:
+            raise BadInput(
+                f'{path}: these {kind} scores have an EER of {highest:.4f}%, but results.json says '
+                f'{eer:.4f}%: they are of another evaluation; score {trial_list} again'
+            )
+    return labels, dict(zip(kinds, scores.T)), names
 
 
 def read_trial_scores(path):
-    """A file of scores of --eval: labels int (N,), scores (N, kinds), names [(enrolment, test)]."""
+    """Reads a file of scores: labels int (N,), scores (N, kinds), names [(enrolment, test)]."""
     with open(path, encoding='utf-8', errors='surrogateescape') as lines:
         rows = [line.split() for line in lines]
     try:
@@ -557,76 +593,22 @@ def read_trial_scores(path):
     return labels, scores, [(row[-2], row[-1]) for row in rows]
 
 
-def read_calibration(folder):
-    """What exps.calibrate wrote in a folder, None if nothing; BadInput for something else."""
-    path = os.path.join(folder, 'calibration.json')
-    if not os.path.exists(path):
-        return None
-    try:
-        with open(path, encoding='utf-8') as file:
-            calibration = json.load(file)
-        threshold = calibration['threshold']
-        numbers = [calibration['weight'], calibration['bias'], calibration['list']['trials']]
-        numbers += [threshold['ratio'], threshold['false_acceptances']]
-        if not np.isfinite(numbers).all() or calibration['weight'] <= 0:
-            raise ValueError
-        for part in ('checkpoint', 'list'):
-            if not calibration[part]['path'] or not calibration[part]['sha256']:
-                raise ValueError
-        cohort_options(calibration['kind'], calibration['options'])
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f'{path}: not what exps.calibrate writes; move it away') from error
-    return calibration
-
-
-def cohort_options(kind, options):
-    """Those of --eval's options that a kind of scores depends on, by way of the cohort."""
-    if kind == 'raw':
-        return {}
-    names = ['train_list', 'cohort_utterances', 'seed']
-    if 'asnorm' in kind:
-        names.append('top_n')
-    return {name: options[name] for name in names}
-
-
-def misfit(calibration, checkpoint, scores, args):
-    """Why a calibration is not for these scores; None if it is."""
-    if calibration['checkpoint']['sha256'] != checkpoint['sha256']:
-        return f'it was fitted on scores of {calibration["checkpoint"]["path"]}'
-    kind = calibration['kind']
-    if kind not in scores:
-        return f'it is for {kind} scores; give the options of --eval that made them'
-    for name, value in cohort_options(kind, calibration['options']).items():
-        if getattr(args, name, None) != value:
-            return f'it is for scores with --{name} {value}'
-    return None
-
-
-def add_calibrated(results, trial_lists, checkpoint, args):
-    """Adds 'Cllr' and 'minCllr' to the figures that the calibration of SAVE_PATH is for.
-
-    The list that it was fitted on gets none, as they would be too good.
-    """
-    calibration = read_calibration(args.save_path)
+def say_figures(results, trial_lists):
+    """Prints the figures of score_lists' results: a table with a row for each list and kind."""
     for trials, kinds in zip(trial_lists, results):
-        if not calibration or misfit(calibration, checkpoint, kinds, args):
-            continue
-        if trials.sha256 != calibration['list']['sha256']:
-            scored = kinds[calibration['kind']]
-            ratios = calibration['weight'] * scored.scores + calibration['bias']
-            figures = calibration_figures(ratios, trials.labels)
-            scored.figures.update({name: figures[name] for name in CALIBRATED})
+        for kind, scored in kinds.items():
+            if scored.scores.min() == scored.scores.max():
+                say(f'WARNING       {trials.path}: all {kind} scores are equal; they tell nothing')
+    say(figures_table(results, trial_lists))
 
 
 def figures_table(results, trial_lists):
-    """The figures of score_lists' results as the text of a table, a row for each list and kind."""
-    everything = [scored.figures for kinds in results for scored in kinds.values()]
-    shown = [*FIGURES, *(name for name in CALIBRATED if any(name in each for each in everything))]
-    rows = [['list', 'kind', 'trials', 'speakers', *shown]]
+    """Returns the text of say_figures' table."""
+    rows = [['list', 'kind', 'trials', 'speakers', *FIGURES]]
     for trials, kinds in zip(trial_lists, results):
         counts = [f'{len(trials.labels):,}', format_count(trials.speaker_count())]
         for kind, scored in kinds.items():
-            cells = [format_figure(name, scored.figures) for name in shown]
+            cells = [format_figure(name, scored.figures) for name in FIGURES]
             rows.append([trials.path, kind, *counts, *cells])
     return table(rows)
 
@@ -647,6 +629,8 @@ def format_figure(name, figures):
     if 'interval' in figures[name]:
         low, high = figures[name]['interval']
         text += f' ({low:.{digits}f} to {high:.{digits}f})'
+    elif name in PRIORS and 'interval' in figures['EER']:
+        text += ' (-)'
     return text
 
 
@@ -707,6 +691,22 @@ def write_whole(path, write):
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+
+
+def check_writable(folder, option):
+    """Raises BadInput unless files can be written in a folder, or the folder can be made.
+
+    option: the one that names it. Returns the folder, or the nearest one above it that exists.
+    """
+    existing = os.path.abspath(folder)
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return existing
+    except OSError as error:
+        why = f'{existing} cannot be written ({error.strerror})'
+        raise BadInput(f'{option} {folder}: {why}; choose another place') from error
 
 
 def write_text(path, text):

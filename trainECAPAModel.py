@@ -242,13 +242,16 @@ def score_epoch(run, done, scores, args):
         lines = [tools.SCORE_LINE % score for score in scores]
         tools.write_text(args.score_save_path, ''.join(lines))
     say(f'{now()} epoch {done.epoch}, EER {eer:2.2f}%, best EER {best:2.2f}%')
-    say(tools.figures_table(results, trial_lists))
+    tools.say_figures(results, trial_lists)
 
 
 def evaluate(args):
     """Scores --initial_model on --eval_list; prints the figures, and writes them and all scores."""
-    tools.read_results(args.save_path)
-    tools.read_calibration(args.save_path)
+    # An evaluation takes long: first see that its results can be written.
+    with first_process_first():
+        tools.read_results(args.save_path)
+        tools.check_writable(os.path.join(args.save_path, 'scores'), '--save_path')
+
     system, checkpoint = load_model_of(args)
     with first_process_first():
         paths, trial_lists = dataLoader.read_trial_lists(
@@ -257,15 +260,14 @@ def evaluate(args):
         if process_rank() == 0:
             dataLoader.check_audio(paths, '--eval_list')
         cohort_files, top_n, subtract_mean = dataLoader.choose_normalisation(args)
-    os.makedirs(os.path.join(args.save_path, 'scores'), exist_ok=True)
+
     cohort = load_cohort(system, checkpoint, cohort_files)
     results = system.score_lists(paths, trial_lists, cohort, top_n, subtract_mean)
     if process_rank() == 0:
         tools.add_intervals(results, trial_lists)
+        say(args.initial_model)
+        tools.say_figures(results, trial_lists)
         tools.write_results(results, trial_lists, checkpoint, args)
-        tools.add_calibrated(results, trial_lists, checkpoint, args)
-    say(args.initial_model)
-    say(tools.figures_table(results, trial_lists))
 
 
 # Machinery: options; the plan; where a run stands; the log; processes.
@@ -433,12 +435,7 @@ def check_room(args, size):
 
     Warns if there is room for one, but not for all those of the run.
     """
-    folder = os.path.abspath(args.save_path)
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
-        raise BadInput(f'--save_path {args.save_path}: {folder} cannot be written')
-
+    folder = tools.check_writable(args.save_path, '--save_path')
     models = args.keep
     if not models:
         saved = saved_models(f'{args.save_path}/model')

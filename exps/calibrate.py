@@ -5,26 +5,30 @@
 
 fits two numbers to exps/exp1/scores/dev.txt, writes exps/exp1/calibration.json, by which
 exps.verify decides, and prints what the ratios of the folder's other lists are worth. Take trials
-of recordings like those to come, of speakers that were not trained on.
+of recordings like those to come, of speakers that the model was not trained on.
 """
 
 import argparse
 import json
 import os
+import posixpath
 
 import numpy as np
+from scipy.special import logit
+from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 import tools
-from tools import BadInput
+from tools import BadInput, speakers_of
 
-FEWEST = 30  # trials of either kind, below which a fit says nothing
-FIGURES = (*tools.FIGURES, 'Cllr', 'minCllr', 'actDCF(0.01)', 'actDCF(0.05)')
+FEWEST = 30  # trials of each kind, below which a fit says nothing
+CALIBRATED = ('Cllr', 'minCllr')  # of natural log-likelihood ratios
+FIGURES = (*tools.FIGURES, *CALIBRATED, 'actDCF(0.01)', 'actDCF(0.05)')
 
 
 def main(argv=None):
-    """Writes the calibration; exit status 2, with a sentence, where that cannot be done."""
+    """Writes the calibration; prints why and exits with status 2 if that cannot be done."""
     parser = argparse.ArgumentParser(
         prog='python -m exps.calibrate',
         description='Fit log-likelihood ratios to scores of --eval.',
@@ -39,6 +43,7 @@ def main(argv=None):
         default=1.0,
         help='percent that the threshold allows (default: 1)',
     )
+    tools.add_speaker_option(add)
     args = parser.parse_args(argv)
     args.command = tools.command_of('-m exps.calibrate', argv)
     with tools.exit_on_bad_input():
@@ -51,12 +56,8 @@ def calibrate(args):
     fit_list = find_list(lists, args.fit, args.folder)
     entry = lists[fit_list]
     kind = args.kind or list(entry['figures'])[-1]
-    labels, scores, pairs = read_kind(args.folder, fit_list, entry, kind)
-    targets = int(labels.sum())
-    if min(targets, len(labels) - targets) < FEWEST:
-        raise BadInput(
-            f'--fit: {fit_list}: {FEWEST} trials of either kind are the fewest that can be fitted'
-        )
+    labels, scores, names = read_kind(args.folder, fit_list, entry, kind)
+    check_fit(fit_list, kind, labels, scores)
     weight, bias = fit(scores, labels)
     ratio, allowed = threshold(weight * scores + bias, labels, args.false_acceptances)
     calibration = {
@@ -71,14 +72,26 @@ def calibrate(args):
     }
     path = os.path.join(args.folder, 'calibration.json')
     tools.write_text(path, json.dumps(calibration, indent=2) + '\n')
-    print(f'{path}: fitted on {len(labels):,} {kind} scores of {fit_list}, {targets:,} of targets')
+    print(
+        f'{path}: fitted on {len(labels):,} {kind} scores of {fit_list}, '
+        f'{int(labels.sum()):,} of targets'
+    )
     if allowed < FEWEST:
         print(
-            f'note: at {args.false_acceptances:g}% only {allowed} false acceptances were there to '
-            'find the threshold by'
+            f'note: at {args.false_acceptances:g}% the threshold rests on only {allowed} false '
+            'acceptances'
         )
     del lists[fit_list]
-    print_others(lists, calibration, set(pairs), args.folder)
+    print_others(lists, calibration, names, args)
+
+
+def check_fit(path, kind, labels, scores):
+    """Raises BadInput if nothing can be fitted to the scores (N,) of a list."""
+    targets = int(labels.sum())
+    if min(targets, len(labels) - targets) < FEWEST:
+        raise BadInput(f'--fit: {path}: a fit needs at least {FEWEST} trials of each kind')
+    if scores.min() == scores.max():
+        raise BadInput(f'--fit: {path}: all {kind} scores are equal; they tell nothing')
 
 
 def find_list(lists, name, folder):
@@ -93,23 +106,18 @@ def find_list(lists, name, folder):
 
 
 def read_kind(folder, path, entry, kind):
-    """(Labels (N,), scores (N,) of a kind, names of each trial) of a list's entry."""
-    kinds = list(entry['figures'])
-    if kind not in kinds:
-        raise BadInput(f'--kind {kind}: {path} was scored as {", ".join(kinds)}')
-    # The folder may have been moved since.
-    file = os.path.join(folder, 'scores', os.path.basename(entry['scores']))
-    labels, scores, pairs = tools.read_trial_scores(file)
-    if scores.shape != (entry['trials'], len(kinds)):
-        raise BadInput(f'{file}: other trials or kinds than results.json names; score it again')
-    return labels, scores[:, kinds.index(kind)], pairs
+    """Returns (labels (N,), scores (N,) of a kind, names of each trial) of a list's entry."""
+    labels, scores, names = tools.read_list_scores(folder, path, entry)
+    if kind not in scores:
+        raise BadInput(f'--kind {kind}: {path} was scored as {", ".join(scores)}')
+    return labels, scores[kind], names
 
 
 def fit(scores, labels):
     """Weight and bias of logistic regression of scores (N,).
 
-    Both kinds of trials have the same weight in all, so the logarithm of the odds is that of the
-    likelihood ratio. Raises BadInput where the fit would be reversed.
+    Target and non-target trials have the same total weight, so the logarithm of the odds is that
+    of the likelihood ratio. Raises BadInput if the fit would be reversed.
     """
     scaler = StandardScaler().fit(scores[:, None])
     # Hardly any regularisation, only so that trials without any error have a finite answer.
@@ -132,10 +140,10 @@ def threshold(ratios, labels, percent):
     return float(others[len(others) - 1 - allowed]), allowed
 
 
-def print_others(lists, calibration, fitted, folder):
+def print_others(lists, calibration, fitted, args):
     """Prints the figures of lists by a calibration that was fitted on other trials.
 
-    fitted: the trials that it was fitted on, whose figures would be too good.
+    fitted: the names of the trials that it was fitted on.
     """
     rows = [['list', 'trials', *FIGURES]]
     for path, entry in lists.items():
@@ -145,19 +153,121 @@ def print_others(lists, calibration, fitted, folder):
         if calibration['kind'] not in entry['figures']:
             print(f'note: not calibrated: {path}, which has no {calibration["kind"]} scores')
             continue
-        labels, scores, pairs = read_kind(folder, path, entry, calibration['kind'])
-        if set(pairs) == fitted:
+        labels, scores, names = read_kind(args.folder, path, entry, calibration['kind'])
+        if trial_set(names) == trial_set(fitted):
             print(f'note: not calibrated: {path}, the trials that the calibration was fitted on')
             continue
+        note = note_overlap(names, fitted, args.speaker or entry['options'].get('speaker', ''))
+        if note:
+            print(f'note: {path} is too easy for this calibration: {note}')
         ratios = calibration['weight'] * scores + calibration['bias']
         figures = tools.operating_points(ratios, labels)
-        figures |= tools.calibration_figures(ratios, labels)
+        figures |= calibration_figures(ratios, labels)
         cells = [tools.format_figure(name, figures) for name in FIGURES]
         rows.append([path, f'{len(labels):,}', *cells])
     if len(rows) > 1:
         print(tools.table(rows))
     else:
-        print('note: no other list is there to show what the ratios are worth')
+        print('note: there is no other list to show what the ratios are worth')
+
+
+def trial_set(names):
+    """Returns the set of trials [(enrolment, test)], whichever side is first, with or without ./"""
+    files = {name for pair in names for name in pair}
+    plain = {name: posixpath.normpath(name.replace('\\', '/')) for name in files}
+    return {tuple(sorted((plain[one], plain[other]))) for one, other in names}
+
+
+def note_overlap(names, fitted, speaker):
+    """Says which trials, or else how many speakers, a list has in common with the fitted one.
+
+    names, fitted: the trials of the two lists [(enrolment, test)]; speaker: the pattern of
+    tools.speakers_of. Returns '' if they have nothing in common.
+    """
+    shared = len(trial_set(names) & trial_set(fitted))
+    if shared:
+        return f'it shares {shared:,} of its {len(names):,} trials with the list of the fit'
+    speakers = []
+    for trials in (names, fitted):
+        files = list(dict.fromkeys(name for trial in trials for name in trial))
+        speakers.append(set(speakers_of(files, speaker)))
+    both = sorted(speakers[0] & speakers[1])
+    if both:
+        return (
+            f'it shares {len(both):,} of its {len(speakers[0]):,} speakers with the list of the '
+            f'fit, for example {both[0]}'
+        )
+    return ''
+
+
+# What other scripts take from here: figures of ratios, and the calibration of a folder.
+
+
+def calibration_figures(ratios, labels):
+    """Computes {figure: {'value'}} of natural log-likelihood ratios (N,) with labels (N,), 1 or 0.
+
+    Cllr in bits (Brümmer and du Preez, 2006), the least Cllr that a monotone function of the
+    ratios has, and the costs at Bayes thresholds, to compare with the minDCFs of operating_points.
+    """
+    # The isotonic fit gives the share of targets at each ratio: subtract the prior log-odds.
+    shares = IsotonicRegression().fit_transform(ratios, labels)
+    best = logit(shares) - logit(labels.mean())
+    figures = {'Cllr': log_cost(ratios, labels), 'minCllr': log_cost(best, labels)}
+    for name, prior in tools.PRIORS.items():
+        accepted = ratios > -logit(prior)
+        misses = np.mean(~accepted[labels == 1])
+        false_alarms = np.mean(accepted[labels == 0])
+        cost = misses + false_alarms * (1 / prior - 1)
+        figures[name.replace('min', 'act')] = cost
+    return {name: {'value': float(value)} for name, value in figures.items()}
+
+
+def log_cost(ratios, labels):
+    """Computes Cllr in bits of natural log-likelihood ratios (N,) with labels (N,), 1 or 0."""
+    targets = np.logaddexp(0, -ratios[labels == 1]).mean()
+    others = np.logaddexp(0, ratios[labels == 0]).mean()
+    return (targets + others) / 2 / np.log(2)
+
+
+def read_calibration(folder):
+    """Reads what exps.calibrate wrote in a folder; returns None if there is nothing.
+
+    Raises BadInput if calibration.json is something else.
+    """
+    path = os.path.join(folder, 'calibration.json')
+    if not os.path.exists(path):
+        return None
+    try:
+        with open(path, encoding='utf-8') as file:
+            calibration = json.load(file)
+        for name in ('kind', 'weight', 'bias', 'threshold', 'list', 'checkpoint', 'options'):
+            calibration[name]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f'{path}: not what exps.calibrate writes; move it away') from error
+    return calibration
+
+
+def cohort_options(kind, options):
+    """Returns the options of --eval that a kind of scores depends on, by way of the cohort."""
+    if kind == 'raw':
+        return {}
+    names = ['train_list', 'cohort_utterances', 'seed']
+    if 'asnorm' in kind:
+        names.append('top_n')
+    return {name: options[name] for name in names}
+
+
+def misfit(calibration, checkpoint, scores, args):
+    """Says why a calibration is not for these scores; None if it is."""
+    if calibration['checkpoint']['sha256'] != checkpoint['sha256']:
+        return f'it was fitted on scores of {calibration["checkpoint"]["path"]}'
+    kind = calibration['kind']
+    if kind not in scores:
+        return f'it is for {kind} scores; give the options of --eval that made them'
+    for name, value in cohort_options(kind, calibration['options']).items():
+        if getattr(args, name, None) != value:
+            return f'it is for scores with --{name} {value}'
+    return None
 
 
 if __name__ == '__main__':

@@ -5,50 +5,54 @@
 A path stands for its folder, whose score.txt (training) and results.json (--eval) are read. The
 published run is shown beside them. `--markdown` prints the tables for a paper or a README.
 
-Experiments that scored the same list (same bytes) are compared in pairs: the difference of their
-figures from those of the first one named, or of --baseline, with an interval of 95 %, by the same
-replicates of the speakers on both sides (tools.replicate_figures). Where it holds 0, these trials
-cannot tell the two apart.
+Experiments that scored the same trials are compared in pairs: the difference of their figures from
+those of the first one named, or of --baseline, with an interval of 95 %, by the same replicates of
+the speakers on both sides (tools.replicate_figures). If it holds 0, these trials cannot tell the
+two apart.
 
-Runs that differ in --seed alone, by their options.txt, are one experiment: the mean, lowest and
-highest of their seeds are shown, and an interval that holds both sources of chance, as a replicate
-draws one of the seeds besides the speakers. So it is the interval of one run with any seed, which
-is wider than that of the mean of the seeds; but few seeds show less than their whole spread, three
-of them two thirds of its variance.
+    python -m exps.compare --seeds small=exps/small-1,exps/small-2,exps/small-3 exps/phone
 
-Where matplotlib is installed, training curves are drawn and, of the scores that --eval wrote, EERs
+takes three folders for one experiment, `small`, that was run with three seeds. The mean, lowest and
+highest of its seeds are shown, and an interval that holds both sources of chance: a replicate draws
+one of the seeds, and speakers. So it is the interval of one run with any seed, which is wider than
+that of the mean of the seeds; but few seeds show less than their whole spread, three of them two
+thirds of its variance.
+
+If matplotlib is installed, training curves are drawn and, of the scores that --eval wrote, EERs
 with their intervals and DET curves, one picture a list, and the EERs of all lists in one picture.
 """
 
 import argparse
-import collections
 import os
-import re
 import sys
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from tools import (
+from exps.calibrate import (
     CALIBRATED,
-    FIGURES,
-    HARMLESS,
-    BadInput,
     calibration_figures,
+    misfit,
+    note_overlap,
+    read_calibration,
+    trial_set,
+)
+from tools import (
+    FIGURES,
+    BadInput,
+    add_speaker_option,
     draw_speakers,
     exit_on_bad_input,
     format_count,
     format_figure,
-    interval_of,
-    misfit,
+    intervals_of,
     number_speakers,
     operating_points,
-    read_calibration,
+    read_list_scores,
     read_results,
     read_scores,
-    read_trial_scores,
     replicate_figures,
+    sha256,
     speakers_of,
     table,
 )
@@ -74,200 +78,352 @@ class Experiment(NamedTuple):
     lists: dict
 
 
+class Run(NamedTuple):
+    """What an experiment scored: a list's path and entry in results.json, and its trials.
+
+    scores: {kind: (N,)}; names: [(enrolment, test)].
+    """
+
+    path: str
+    entry: dict
+    labels: np.ndarray
+    scores: dict
+    names: list
+
+
+class ListKey(NamedTuple):
+    """What tells a list of trials from others.
+
+    path: '' unless an experiment scored these trials several times, on other audio for example.
+    """
+
+    trials: str
+    path: str
+
+
 class Sample(NamedTuple):
     """What an experiment, of one or several seeds, has for a list and a kind of scores.
 
-    figures: of each seed, {figure: {'value'}}; replicates: (replicates, 3) values of FIGURES, a
-    seed drawn for each, None where speakers are not known; scores, labels: of the first seed;
-    fault: why speakers are not known.
+    figures: of each seed, {figure: {'value'}}; replicates: (replicates, 3) values of FIGURES, each
+    of one of the seeds, None if the speakers are not known; speakers: how many; scores, labels: of
+    the first seed.
     """
 
     figures: list
     replicates: np.ndarray | None
+    speakers: int
     scores: np.ndarray
     labels: np.ndarray
-    fault: str
+
+    def intervals(self, replicates):
+        """Returns {figure: [low, high]} of replicates of this list, {} if there are none."""
+        if replicates is None:
+            return {}
+        return intervals_of(replicates, self.labels, self.speakers)
 
 
 def main(argv=None):
-    """Prints the tables and draws the pictures; exit status 2, with a sentence, for other files."""
+    """Prints the tables and draws the pictures; exit status 2, with a reason, for other files."""
     parser = argparse.ArgumentParser(
         prog='python -m exps.compare', description='Compare experiments.'
     )
     add = parser.add_argument
-    add('scores', nargs='+', help='score.txt or results.json files of experiments')
+    add('scores', nargs='*', help='score.txt or results.json files of experiments, or folders')
+    add(
+        '--seeds',
+        action='append',
+        default=[],
+        metavar='NAME=FOLDER,FOLDER...',
+        help='runs of one experiment with several seeds; may be given several times',
+    )
     add('--baseline', help='experiment that the others are compared with (default: the first)')
     add('--out', default='exps', help='folder of the pictures curves, eer, eer_LIST and det_LIST')
     add('--markdown', action='store_true', help='print the tables as Markdown')
+    add_speaker_option(add)
     args = parser.parse_args(argv)
+    if not args.scores and not args.seeds:
+        parser.error('name experiments, or --seeds')
     with exit_on_bad_input():
-        experiments = read_experiments(args.scores)
-        baseline = args.baseline or next(iter(experiments))
-        if baseline not in experiments:
-            known = ', '.join(experiments)
-            raise BadInput(f'--baseline {baseline}: is not one of the experiments ({known})')
-        groups = group_seeds(experiments)
-        samples = read_samples(experiments, groups)
-        first = next(name for name, members in groups.items() if baseline in members)
+        compare(args)
 
-        print_table(training_rows(experiments), args.markdown)
-        print()
-        print_table(score_rows(experiments), args.markdown)
-        for rows in (seed_rows(groups, samples), difference_rows(samples, first)):
-            if len(rows) > 1:
-                print()
-                print_table(rows, args.markdown)
-        draw_all(experiments, samples, args.out)
+
+def compare(args):
+    """Prints the tables and draws the pictures."""
+    seeds = read_seeds(args.seeds)
+    folders = [folder for members in seeds.values() for folder in members]
+    experiments = read_experiments([*args.scores, *folders])
+    groups = group_seeds(experiments, seeds)
+    baseline = find_baseline(args.baseline, experiments, groups)
+    lists = sort_by_list({name: read_runs(each) for name, each in experiments.items()})
+    names = name_lists(lists.values())
+    samples = make_samples(lists, names, groups, args.speaker)
+
+    print_table(training_rows(experiments), args.markdown)
+    print()
+    print_table(score_rows(experiments, lists, names, args.speaker), args.markdown)
+    for rows in (seed_rows(groups, samples), difference_rows(samples, baseline)):
+        if len(rows) > 1:
+            print()
+            print_table(rows, args.markdown)
+    note_uncompared(lists, names, groups, baseline)
+    draw_all(experiments, samples, args.out)
+
+
+def read_seeds(texts):
+    """Reads NAME=FOLDER,FOLDER... of --seeds: {name: folders}."""
+    seeds = {}
+    for text in texts:
+        name, _, folders = text.partition('=')
+        members = [folder for folder in folders.split(',') if folder]
+        if not name or len(members) < 2:
+            raise BadInput(f'--seeds {text}: give a name and at least two folders, NAME=A,B')
+        if name in (*seeds, PUBLISHED_NAME):
+            raise BadInput(f'--seeds {text}: there is another experiment {name}')
+        seeds[name] = members
+    return seeds
 
 
 def read_experiments(paths):
-    """{name: Experiment} of the folders of paths, the published one last."""
-    experiments = {}
+    """Reads {name: Experiment} of files, or of folders; the published one is the last."""
+    files = {}
     for path in paths:
         if not os.path.exists(path):
             raise BadInput(f'{path}: no such file')
-        folder = os.path.dirname(os.path.abspath(path))
-        score_path = path
-        if os.path.basename(path) == 'results.json':
-            score_path = os.path.join(folder, 'score.txt')
-        epochs = read_scores(score_path)
-        lists = {}
-        try:
-            lists = read_results(folder)
-        except BadInput as error:
-            print(f'note: {error}')
-        if not epochs and not lists:
-            raise BadInput(f'{path}: is empty')
+        place = place_of(path)
+        files[place] = os.path.join(place, 'score.txt') if os.path.isdir(place) else path
 
-        if any(folder == experiment.folder for experiment in experiments.values()):
-            continue  # its score.txt and its results.json were both named
-        name = os.path.basename(folder)
-        if name in (*experiments, PUBLISHED_NAME):
-            name = os.path.dirname(path)
-        experiments[name] = Experiment(folder, epochs, lists)
+    experiments = {}
+    for name, place in name_places(list(files)).items():
+        epochs = read_scores(files[place])
+        lists = read_lists(place) if os.path.isdir(place) else {}
+        if not epochs and not lists:
+            raise BadInput(f'{place}: has neither lines in score.txt nor results in results.json')
+        experiments[name] = Experiment(place, epochs, lists)
     experiments[PUBLISHED_NAME] = Experiment('', read_scores(PUBLISHED), PUBLISHED_LISTS)
     return experiments
 
 
-def group_seeds(experiments):
-    """{name: names of experiments} that differ in --seed alone; a name of several tells how many.
+def place_of(path):
+    """Returns the folder that a path stands for.
 
-    What does not change the numbers (where a run is kept, how many processes load) does not count,
-    nor in which folder --initial_model is, as a second stage has the first one of its seed. Runs of
-    which two have the same seed are not seeds of one experiment.
+    A score.txt of another name stands for itself, and is called as it is, without its ending.
     """
-    alike = {}
-    for name, experiment in experiments.items():
-        key, seed = options_of(experiment) or (name, '')
-        alike.setdefault(key, {})[name] = seed
-    groups = {}
-    for seeds in alike.values():
-        if len(set(seeds.values())) < len(seeds):
-            groups.update({name: [name] for name in seeds})
-            continue
-        first = next(iter(seeds))
-        name = first if len(seeds) == 1 else f'{first} ({len(seeds)} seeds)'
-        groups[name] = list(seeds)
-    return groups
+    place = os.path.abspath(path)
+    if os.path.isdir(place):
+        return place
+    folder, name = os.path.split(place)
+    return folder if name in ('score.txt', 'results.json') else os.path.splitext(place)[0]
 
 
-def options_of(experiment):
-    """(Options that change the numbers, the line of --seed) of options.txt, None without one."""
-    path = os.path.join(experiment.folder, 'options.txt')
-    if not experiment.folder or not os.path.exists(path):
-        return None
-    with open(path, encoding='utf-8', errors='surrogateescape') as file:
-        lines = [line.rstrip('\n') for line in file if line.startswith('--')]
-    options = dict(re.fullmatch('--([^ =]+)[ =]?(.*)', line).groups() for line in lines)
-    seed = options.pop('seed', '')
-    if 'initial_model' in options:
-        options['initial_model'] = os.path.basename(options['initial_model'])
-    counted = {item for item in options.items() if item[0] not in HARMLESS}
-    return frozenset(counted), seed
+def read_lists(folder):
+    """Reads a folder's results.json; a note says why there is none if it cannot be read."""
+    try:
+        return read_results(folder)
+    except BadInput as error:
+        print(f'note: {error}', file=sys.stderr)
+        return {}
 
 
-def read_samples(experiments, groups):
-    """{(name of a list, kind): {experiment: Sample}} of the scores that --eval wrote.
-
-    Lists of the same bytes are one list, whatever their names; an experiment that scored such a
-    list twice, on other audio, has two, which go by their paths. Of an experiment of several seeds,
-    only lists that all of them scored count.
-    """
-    lists = {name: entries_by_content(experiment) for name, experiment in experiments.items()}
-    names = name_lists(lists.values())
-    samples = {}
-    for number, (name, members) in enumerate(groups.items()):
-        for content, entry in lists[members[0]].items():
-            if any(content not in lists[member] for member in members):
-                continue
-            runs = [read_run(experiments[member], lists[member][content]) for member in members]
-            for kind in entry['figures']:
-                if all(kind in run for run in runs):
-                    sample = sample_of([run[kind] for run in runs], number)
-                    if sample.fault:
-                        note = f'note: {name}, {names[content]}: no intervals: {sample.fault}'
-                        print(note, file=sys.stderr)
-                    samples.setdefault((names[content], kind), {})[name] = sample
-    return samples
-
-
-def entries_by_content(experiment):
-    """{what tells a list from others: its entry} of an experiment's results.
-
-    That is the SHA-256 of the list, and the path too where two have the same.
-    """
-    known = {path: entry for path, entry in experiment.lists.items() if 'sha256' in entry}
-    count = collections.Counter(entry['sha256'] for entry in known.values())
-    entries = {}
-    for path, entry in known.items():
-        entries[entry['sha256'], path if count[entry['sha256']] > 1 else ''] = entry
-    return entries
-
-
-def name_lists(lists):
-    """{what tells a list from others: a name of its own}, after the file of its scores."""
+def name_places(places):
+    """Returns {name: place}: the last part of each path, or as many as tell it from the others."""
     names = {}
-    for entries in lists:
-        for content, entry in entries.items():
-            first = stem(entry['scores'])
-            name = first
-            number = 1
-            while name in names.values() and content not in names:
-                number += 1
-                name = f'{first}_{number}'
-            names.setdefault(content, name)
+    for place in places:
+        parts = place.split(os.sep)
+        for count in range(1, len(parts) + 1):
+            name = os.sep.join(parts[-count:])
+            alike = [other for other in places if ends_with(other, name)]
+            if len(alike) == 1 and name != PUBLISHED_NAME:
+                break
+        names[name] = place
     return names
 
 
-def read_run(experiment, entry):
-    """{kind: (scores (N,), labels (N,), names of the trials)} of a list's file of scores."""
-    path = os.path.join(experiment.folder, 'scores', os.path.basename(entry['scores']))
-    labels, scores, names = read_trial_scores(path)
-    kinds = list(entry['figures'])
-    if scores.shape != (entry['trials'], len(kinds)):
-        raise BadInput(f'{path}: other trials or columns than results.json names; score it again')
-    return {kind: (column, labels, names) for kind, column in zip(kinds, scores.T)}
+def ends_with(path, name):
+    """Whether `name` is the last part, or parts, of a path."""
+    return path == name or path.endswith(os.sep + name)
 
 
-def sample_of(runs, number):
-    """Sample of [(scores, labels, names)], one of each seed, of the experiment of a number."""
-    scores, labels, names = runs[0]
-    figures = [operating_points(seed_scores, labels) for seed_scores, _, _ in runs]
-    rows = {name: row for row, name in enumerate({name: 0 for trial in names for name in trial})}
-    pairs = np.array([[rows[a], rows[b]] for a, b in names])
-    speakers, fault = number_speakers(labels, pairs, speakers_of(list(rows)))
+def group_seeds(experiments, seeds):
+    """Returns {name: names of experiments}: a group for each of --seeds, the others alone."""
+    name_of = {experiment.folder: name for name, experiment in experiments.items()}
+    groups = {}
+    several = []
+    for name, folders in seeds.items():
+        groups[name] = [name_of[place_of(folder)] for folder in folders]
+        several += groups[name]
+        if name in experiments and name not in groups[name]:
+            raise BadInput(f'--seeds {name}: there is another experiment {name}')
+    twice = [name for name in several if several.count(name) > 1]
+    if twice:
+        raise BadInput(f'--seeds: {experiments[twice[0]].folder} is named twice')
+
+    alone = {name: [name] for name in experiments if name not in several}
+    published = alone.pop(PUBLISHED_NAME)
+    return {**alone, **groups, PUBLISHED_NAME: published}
+
+
+def find_baseline(wanted, experiments, groups):
+    """Returns the name of the group that --baseline names, by name or folder; else the first."""
+    if wanted is None:
+        return next(iter(groups))
+    for name, members in groups.items():
+        folders = [experiments[member].folder for member in members]
+        if wanted in (name, *members) or place_of(wanted) in folders:
+            return name
+    raise BadInput(f'--baseline {wanted}: is not one of the experiments ({", ".join(groups)})')
+
+
+def read_runs(experiment):
+    """Reads what --eval wrote on each list of an experiment: [Run]."""
+    runs = []
+    for path, entry in experiment.lists.items():
+        if 'sha256' not in entry:
+            continue  # the published experiment has only figures
+        run = Run(path, entry, *read_list_scores(experiment.folder, path, entry))
+        for kind, scores in run.scores.items():
+            if scores.min() == scores.max():
+                note(f'{experiment.folder}: {path}: all {kind} scores are equal; they tell nothing')
+        runs.append(run)
+    return runs
+
+
+def sort_by_list(runs):
+    """Sorts {experiment: [Run]} by trials: {experiment: {ListKey: Run}}.
+
+    If an experiment has several scores of the same trials, the paths of the lists tell them apart.
+    """
+    by_trials = {name: group_by_trials(each) for name, each in runs.items()}
+    several = set()
+    for found in by_trials.values():
+        several.update(trials for trials, alike in found.items() if len(alike) > 1)
+
+    lists = {}
+    for name, found in by_trials.items():
+        lists[name] = {}
+        for trials, alike in found.items():
+            for run in alike:
+                key = ListKey(trials, os.path.abspath(run.path) if trials in several else '')
+                if key in lists[name]:
+                    note(f'{name}: {run.path} has two entries in results.json; the last one counts')
+                lists[name][key] = run
+    return lists
+
+
+def group_by_trials(runs):
+    """Groups runs: {what tells their trials from others: [Run]}, equal scores only once."""
+    groups = {}
+    for run in runs:
+        alike = groups.setdefault(trials_of(run), [])
+        if not any(same_scores(run, other) for other in alike):
+            alike.append(run)
+    return groups
+
+
+def same_scores(run, other):
+    """Whether two runs on the same trials have the same scores."""
+    if list(run.scores) != list(other.scores) or len(run.labels) != len(other.labels):
+        return False
+    pairs = zip(run.scores.values(), other.scores.values())
+    return all(np.allclose(np.sort(one), np.sort(two), atol=1e-5) for one, two in pairs)
+
+
+def trials_of(run):
+    """Returns what tells the trials of a run from others: their files and labels, in any order."""
+    if run.entry.get('options', {}).get('enrol_list'):
+        return run.entry['sha256']  # the utterances of models are not among the names
+    targets = trial_set([name for name, label in zip(run.names, run.labels) if label])
+    others = trial_set([name for name, label in zip(run.names, run.labels) if not label])
+    text = repr([sorted(targets), sorted(others)])
+    return sha256(text.encode('utf-8', 'surrogateescape'))
+
+
+def name_lists(lists):
+    """Returns {ListKey: a name that no other has}, from {ListKey: Run} of each experiment."""
+    names = {}
+    for runs in lists:
+        for key, run in runs.items():
+            if key in names:
+                continue
+            name = stem(run.path)
+            count = 1
+            while name in names.values():
+                count += 1
+                name = f'{stem(run.path)}_{count}'
+            names[key] = name
+    return names
+
+
+def make_samples(lists, names, groups, speaker):
+    """Returns {(name of a list, kind): {experiment: Sample}} of what the groups scored.
+
+    An experiment of several seeds has the lists and kinds that all of them scored.
+    """
+    samples = {}
+    for number, (name, members) in enumerate(groups.items()):
+        for key in dict.fromkeys(key for member in members for key in lists[member]):
+            runs = [lists[member].get(key) for member in members]
+            if None in runs:
+                note(f'{name}: {names[key]} is left out, as not all of its seeds were scored on it')
+                continue
+            speakers, fault = number_speakers_of(runs, speaker)
+            if fault:
+                note(f'{name}, {names[key]}: no intervals: {fault}')
+            for kind in runs[0].scores:
+                if all(kind in run.scores for run in runs):
+                    sample = sample_of(runs, kind, speakers, number)
+                    samples.setdefault((names[key], kind), {})[name] = sample
+    return samples
+
+
+def number_speakers_of(runs, speaker):
+    """Numbers the speakers of the trials of runs: ([int (N, 2)], ''), or (None, why it cannot)."""
+    numbers = []
+    for run in runs:
+        rows = {file: row for row, file in enumerate({file for pair in run.names for file in pair})}
+        pairs = np.array([[rows[enrolment], rows[test]] for enrolment, test in run.names])
+        try:
+            speakers = speakers_of(list(rows), pattern_of(run.entry, speaker))
+        except BadInput as error:
+            return None, str(error)
+        of_run, fault = number_speakers(run.labels, pairs, speakers)
+        if fault:
+            return None, fault
+        numbers.append(of_run)
+    return numbers, ''
+
+
+def pattern_of(entry, speaker):
+    """Returns the pattern of tools.speakers_of for a list: the one given, or that of --eval."""
+    return speaker or entry.get('options', {}).get('speaker', '')
+
+
+def sample_of(runs, kind, speakers, group):
+    """Returns the Sample of a kind of scores of runs, one for each seed, of the group of a number.
+
+    speakers: [int (N, 2)] of the runs, None if not known.
+    """
+    labels = runs[0].labels
+    scores = runs[0].scores[kind]
+    figures = [operating_points(run.scores[kind], run.labels) for run in runs]
     if speakers is None:
-        return Sample(figures, None, scores, labels, fault)
-    draws = draw_speakers(speakers.max() + 1)
-    each = []
-    for seed_scores, _, _ in runs:
-        shown = tqdm(draws, 'how sure', disable=None, leave=False)
-        each.append(replicate_figures(seed_scores, labels, speakers, shown))
-    # The draws of speakers are those of every experiment, the draws of seeds its own: one recipe's
-    # first seed has nothing in common with another one's.
-    chosen = np.random.default_rng([1, number]).integers(len(runs), size=len(draws))
-    replicates = np.stack(each)[chosen, np.arange(len(draws))]
-    return Sample(figures, replicates, scores, labels, '')
+        return Sample(figures, None, 0, scores, labels)
+
+    count = int(speakers[0].max()) + 1
+    draws = draw_speakers(count)
+    of_seeds = [
+        replicate_figures(run.scores[kind], run.labels, numbers, draws, f'how sure, {kind}')
+        for run, numbers in zip(runs, speakers)
+    ]
+    # Replicate r takes its figures from seed chosen[r]. The draws of speakers are the same in all
+    # groups, the draws of seeds are not: two recipes' first seeds have nothing in common.
+    chosen = np.random.default_rng([1, group]).integers(len(runs), size=len(draws))
+    replicates = np.array([of_seeds[seed][r] for r, seed in enumerate(chosen)])
+    return Sample(figures, replicates, count, scores, labels)
+
+
+def note(text):
+    """Prints a note, beside the tables on standard output."""
+    print(f'note: {text}', file=sys.stderr)
 
 
 def training_rows(experiments):
@@ -290,34 +446,51 @@ def training_rows(experiments):
     return rows
 
 
-def score_rows(experiments):
+def score_rows(experiments, lists, names, speaker):
     """Rows of cells: the figures of each list and kind of scores of each experiment."""
     header = ['experiment', 'checkpoint', 'list', 'kind', 'trials', 'speakers']
     rows = [header + [*FIGURES, *CALIBRATED]]
     for name, experiment in experiments.items():
+        name_of = {run.path: names[key] for key, run in lists[name].items()}
+        runs = {run.path: run for run in lists[name].values()}
         for path, entry in experiment.lists.items():
             checkpoint = os.path.basename(entry['checkpoint']['path'])
             counts = [f'{entry["trials"]:,}', format_count(entry.get('speakers'))]
+            costs = calibrated(experiment, runs, path, speaker)
             for kind, figures in entry['figures'].items():
-                figures = {**figures, **calibrated(experiment, entry, kind)}
+                figures = {**figures, **costs.get(kind, {})}
                 cells = [format_figure(figure, figures) for figure in (*FIGURES, *CALIBRATED)]
-                rows.append([name, checkpoint, stem(path), kind, *counts, *cells])
+                list_name = name_of.get(path, stem(path))
+                rows.append([name, checkpoint, list_name, kind, *counts, *cells])
     return without_empty_columns(rows)
 
 
-def calibrated(experiment, entry, kind):
-    """Cllr and minCllr of a list by its folder's calibration.json; {} where that is for others."""
-    calibration = read_calibration(experiment.folder) if experiment.folder else None
-    if not calibration or calibration['kind'] != kind:
+def calibrated(experiment, runs, path, speaker):
+    """Returns {kind: {'Cllr', 'minCllr'}} of a list by its folder's calibration.json.
+
+    runs: {path: Run} of the experiment. Empty if the calibration is for other scores, or was fitted
+    on these trials.
+    """
+    run = runs.get(path)
+    calibration = read_calibration(experiment.folder) if run else None
+    if not calibration or calibration['kind'] not in run.scores:
         return {}
-    options = argparse.Namespace(**entry.get('options', {}))
-    if misfit(calibration, entry['checkpoint'], entry['figures'], options):
+    options = argparse.Namespace(**run.entry.get('options', {}))
+    if misfit(calibration, run.entry['checkpoint'], run.scores, options):
         return {}
-    if calibration['list']['sha256'] == entry.get('sha256'):
+    if calibration['list']['sha256'] == run.entry['sha256']:
         return {}
-    scores, labels, _ = read_run(experiment, entry)[kind]
-    figures = calibration_figures(calibration['weight'] * scores + calibration['bias'], labels)
-    return {name: figures[name] for name in CALIBRATED}
+    fitted = runs.get(calibration['list']['path'])
+    if fitted:
+        if trial_set(run.names) == trial_set(fitted.names):
+            return {}
+        overlap = note_overlap(run.names, fitted.names, pattern_of(run.entry, speaker))
+        if overlap:
+            note(f'{experiment.folder}: the Cllr of {path} is too good: {overlap}')
+    kind = calibration['kind']
+    ratios = calibration['weight'] * run.scores[kind] + calibration['bias']
+    figures = calibration_figures(ratios, run.labels)
+    return {kind: {name: figures[name] for name in CALIBRATED}}
 
 
 def without_empty_columns(rows):
@@ -333,26 +506,23 @@ def seed_rows(groups, samples):
         for name, sample in by_name.items():
             if len(groups[name]) == 1:
                 continue
-            for column, figure in enumerate(FIGURES):
+            intervals = sample.intervals(sample.replicates)
+            for figure in FIGURES:
                 values = [figures[figure]['value'] for figures in sample.figures]
-                seeds = f'{number(min(values), figure)} to {number(max(values), figure)}'
-                interval = '-'
-                if sample.replicates is not None:
-                    low, high = interval_of(sample.replicates[:, column])
-                    interval = f'{number(low, figure)} to {number(high, figure)}'
-                mean = number(np.mean(values), figure)
-                rows.append([name, path, kind, figure, mean, seeds, interval])
+                lowest = figure_text(min(values), figure)
+                highest = figure_text(max(values), figure)
+                mean = figure_text(np.mean(values), figure)
+                interval = interval_text(intervals.get(figure), figure)
+                rows.append([name, path, kind, figure, mean, f'{lowest} to {highest}', interval])
     return rows
 
 
 def difference_rows(samples, baseline):
-    """Rows of cells: differences from the baseline of the others that scored the same list."""
-    rows = [['experiment', 'less', 'list', 'kind', *FIGURES]]
+    """Rows of cells: differences from the baseline of the others that scored the same trials."""
+    rows = [['experiment', 'minus', 'list', 'kind', *FIGURES]]
     for (path, kind), by_name in samples.items():
-        if baseline not in by_name or by_name[baseline].replicates is None:
-            continue
         for name, sample in by_name.items():
-            if name != baseline and sample.replicates is not None:
+            if name != baseline and baseline in by_name:
                 cells = differences(sample, by_name[baseline])
                 rows.append([name, baseline, path, kind, *cells])
     return rows
@@ -360,23 +530,46 @@ def difference_rows(samples, baseline):
 
 def differences(sample, baseline):
     """Cells of the differences of a sample's FIGURES from a baseline's, with intervals of 95 %."""
+    intervals = {}
+    if sample.replicates is not None and baseline.replicates is not None:
+        intervals = sample.intervals(sample.replicates - baseline.replicates)
     cells = []
-    for column, figure in enumerate(FIGURES):
+    for figure in FIGURES:
         means = []
         for side in (sample, baseline):
             means.append(np.mean([figures[figure]['value'] for figures in side.figures]))
-        low, high = interval_of(sample.replicates[:, column] - baseline.replicates[:, column])
-        text = f'{number(means[0] - means[1], figure, "+")} '
-        text += f'({number(low, figure, "+")} to {number(high, figure, "+")})'
-        if low <= 0 <= high:
+        interval = intervals.get(figure)
+        text = figure_text(means[0] - means[1], figure, '+')
+        text += f' ({interval_text(interval, figure, "+")})'
+        if interval and interval[0] <= 0 <= interval[1]:
             text += ', cannot be told apart on these trials'
         cells.append(text)
     return cells
 
 
-def number(value, figure, sign=''):
-    """The text of a figure's value, or, with sign '+', of a difference."""
+def note_uncompared(lists, names, groups, baseline):
+    """Says which lists of the other experiments have trials that the baseline did not score."""
+    known = lists[groups[baseline][0]]
+    for name, members in groups.items():
+        for key, run in lists[members[0]].items():
+            if key not in known:
+                note(
+                    f'{name}, {names[key]}: not compared, as {baseline} did not score these '
+                    f'{len(run.labels):,} trials ({run.path})'
+                )
+
+
+def figure_text(value, figure, sign=''):
+    """The text of a figure's value or, with sign '+', of a difference."""
     return f'{value:{sign}.2f}' if figure == 'EER' else f'{value:{sign}.4f}'
+
+
+def interval_text(interval, figure, sign=''):
+    """The text of [low, high], '-' for None."""
+    if interval is None:
+        return '-'
+    low, high = interval
+    return f'{figure_text(low, figure, sign)} to {figure_text(high, figure, sign)}'
 
 
 def stem(path):
@@ -412,7 +605,7 @@ def draw_all(experiments, samples, folder):
             verification.setdefault(path, {})[curve] = sample.scores, sample.labels
             if sample.replicates is not None:
                 eers = [figures['EER']['value'] for figures in sample.figures]
-                bar = np.mean(eers), interval_of(sample.replicates[:, 0])
+                bar = np.mean(eers), sample.intervals(sample.replicates)['EER']
                 by_experiment.setdefault(path, {})[label] = {path: bar}
                 by_list.setdefault(path, {})[label] = bar
     for path, curves_of_list in verification.items():

@@ -14,7 +14,7 @@ import numpy as np
 
 from dataLoader import find_audio, read_list
 from ECAPAModel import load_model_of
-from tools import BadInput, add_scoring_options, exit_on_bad_input, write_whole
+from tools import BadInput, add_scoring_options, check_writable, exit_on_bad_input, write_whole
 
 
 def main(argv=None):
@@ -36,10 +36,13 @@ def embed(args):
     """Writes args.out; raises BadInput where it is there already, or a file cannot be used."""
     if os.path.exists(args.out):
         raise BadInput(f'--out {args.out} is there already; remove it or choose another name')
+    folder = os.path.dirname(args.out) or '.'
+    check_writable(folder, '--out')
     paths = list_files(args.files)
     system, _ = load_model_of(args)
     embeddings = system.embed(paths)
     names = np.array(paths)
+    os.makedirs(folder, exist_ok=True)
     write_whole(args.out, lambda file: np.savez(file, names=names, embeddings=embeddings))
     print(f'{args.out}: {len(paths):,} embeddings of {embeddings.shape[1]} numbers')
 

@@ -31,14 +31,16 @@ from exps.verify import find_calibration
 from tools import (
     BadInput,
     add_scoring_options,
+    check_writable,
     exit_on_bad_input,
     number,
-    score_grid,
+    score_kinds,
     sha256,
     write_text,
 )
 
 NOBODY = 'nobody'
+PAIRS = 1000000  # of a recording and a person, scored at a time
 
 
 def main(argv=None):
@@ -66,6 +68,8 @@ def identify(args):
         raise BadInput(f'--out {args.out} is there already; remove it or choose another name')
     if args.out and not os.path.isdir(os.path.dirname(args.out) or '.'):
         raise BadInput(f'--out {args.out}: there is no such folder')
+    if args.out:
+        check_writable(os.path.dirname(args.out) or '.', '--out')
     people = read_people(args.people)
     files = list_files(args.files)
     system, checkpoint = load_model_of(args)
@@ -90,13 +94,28 @@ def identify(args):
 
 
 def score_people(system, people, files, cohort, top_n, subtract_mean):
-    """{kind: scores (files, people)}; a person is the mean of the recordings' embeddings."""
+    """Scores recordings against people, each the mean of its recordings' embeddings.
+
+    Returns {kind: scores (files, people)}.
+    """
     recordings = [recording for each in people.values() for recording in each]
     ends = np.cumsum([len(each) for each in people.values()])
     embeddings = system.embed_files([*recordings, *files], any_format=True)
     *parts, tests = np.split(embeddings, ends)
     models = np.stack([part.mean(axis=0) for part in parts])
-    return score_grid(models, tests, cohort, top_n, subtract_mean)
+
+    # In blocks, as all pairs of many recordings with many people would fill the memory.
+    blocks = []
+    for block in np.array_split(tests, 1 + len(tests) * len(models) // PAIRS):
+        pairs = np.empty((len(block), len(models), 2), np.int32)
+        pairs[..., 0] = np.arange(len(models))
+        pairs[..., 1] = len(models) + np.arange(len(block))[:, None]
+        vectors = np.concatenate([models, block])
+        blocks.append(score_kinds(vectors, pairs.reshape(-1, 2), cohort, top_n, subtract_mean))
+    return {
+        kind: np.concatenate([scores[kind] for scores in blocks]).reshape(len(files), -1)
+        for kind in blocks[0]
+    }
 
 
 def decide(names, scores, calibration, p_enrolled):

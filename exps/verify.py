@@ -17,13 +17,12 @@ from scipy.special import expit, logit
 
 from dataLoader import choose_normalisation
 from ECAPAModel import load_cohort, load_model_of
+from exps.calibrate import misfit, read_calibration
 from tools import (
     BadInput,
     add_scoring_options,
     exit_on_bad_input,
-    misfit,
     number,
-    read_calibration,
     read_results,
     score_kinds,
 )

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 import torchaudio
 from scipy.signal import convolve
-from sklearn.metrics import roc_curve
 from torch import nn
 
 SNR = {'noise': (0, 15), 'speech': (13, 20), 'music': (5, 15)}  # dB
@@ -398,12 +397,38 @@ def plain_min_dcf(fnrs, fprs, thresholds, p_target, c_miss=1, c_fa=1):
     return smallest / without_scores, best
 
 
+def plain_exact_rates(scores, labels):
+    """(Misses, false alarms, threshold) below all scores, and at each different one, ascending."""
+    targets = sum(int(label) for label in labels)
+    others = len(labels) - targets
+    rates = [(0.0, 1.0, -math.inf)]
+    missed = 0
+    rejected = 0
+    ordered = sorted(zip(scores, labels))
+    for place, (score, label) in enumerate(ordered):
+        if label:
+            missed += 1
+        else:
+            rejected += 1
+        if place + 1 == len(ordered) or ordered[place + 1][0] > score:
+            rates.append((missed / targets, 1 - rejected / others, score))
+    return rates
+
+
 def plain_eer(scores, labels):
-    """Equal error rate in percent: the larger of both rates where they are closest on the ROC."""
-    fpr, tpr, _ = roc_curve(labels, scores, pos_label=1)
-    fnr = 1 - tpr
-    closest = np.nanargmin(np.abs(fnr - fpr))
-    return 100 * max(fnr[closest], fpr[closest])
+    """Equal error rate in percent: where straight lines between the thresholds' rates are equal."""
+    rates = plain_exact_rates(scores, labels)
+    for (miss, false, _), (next_miss, next_false, _) in zip(rates, rates[1:]):
+        if next_miss >= next_false:
+            part = (false - miss) / (next_miss - miss + false - next_false)
+            return 100 * (miss + part * (next_miss - miss))
+
+
+def plain_exact_min_dcf(scores, labels, p_target):
+    """Lowest normalised cost over all thresholds, equal scores being one."""
+    rates = plain_exact_rates(scores, labels)
+    costs = [miss * p_target + false * (1 - p_target) for miss, false, _ in rates]
+    return min(costs) / p_target
 
 
 def plain_replicate(scores, labels, speakers, counts):
@@ -424,8 +449,6 @@ def plain_replicate(scores, labels, speakers, counts):
 
 
 def plain_figures(scores, labels):
-    """(EER in percent, minDCF at p_target 0.05, minDCF at p_target 0.01)."""
-    rates = plain_error_rates(scores, labels)
-    cost_at_5_percent, _ = plain_min_dcf(*rates, 0.05)
-    cost_at_1_percent, _ = plain_min_dcf(*rates, 0.01)
-    return plain_eer(scores, labels), cost_at_5_percent, cost_at_1_percent
+    """(EER in percent, minDCF at p_target 0.01, minDCF at p_target 0.05)."""
+    costs = [plain_exact_min_dcf(scores, labels, p_target) for p_target in (0.01, 0.05)]
+    return plain_eer(scores, labels), *costs

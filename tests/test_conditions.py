@@ -5,6 +5,7 @@ import json
 import os
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -385,20 +386,22 @@ def test_people_that_cannot_be_enrolled_are_refused(corpus, model, capsys):
     assert list(identify.read_people(people)) == ['p0', 'p1', 'p2']
 
 
-def test_all_against_all_has_the_scores_of_pairs():
+def test_scores_in_blocks_are_those_of_each_pair(monkeypatch):
+    """Of seven people with two recordings each, and eleven recordings."""
     random = np.random.default_rng(0)
+    vectors = random.standard_normal((25, 2, 192)).astype(np.float32)
+    embeddings = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+    cohort = random.standard_normal((40, 2, 192)).astype(np.float32)
+    system = SimpleNamespace(embed_files=lambda paths, any_format: embeddings)
+    people = {f'p{n}': ['a', 'b'] for n in range(7)}
+    monkeypatch.setattr(identify, 'PAIRS', 30)
+    found = identify.score_people(system, people, ['x'] * 11, cohort, 10, True)
 
-    def embeddings(files):
-        vectors = random.standard_normal((files, 2, 192)).astype(np.float32)
-        return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
-
-    models = embeddings(7)
-    tests = embeddings(5)
-    cohort = embeddings(40)
-    models[:, 0] *= 0.7
-    grid = tools.score_grid(models, tests, cohort, 10, True)
-    pairs = np.array([[model, 7 + test] for test in range(5) for model in range(7)])
-    expected = tools.score_kinds(np.concatenate([models, tests]), pairs, cohort, 10, True)
-    assert list(grid) == list(expected) == ['raw', 'asnorm', 'centred', 'centred asnorm']
-    for kind, scores in expected.items():
-        np.testing.assert_allclose(grid[kind], scores.reshape(5, 7), atol=2e-5)
+    assert list(found) == ['raw', 'asnorm', 'centred', 'centred asnorm']
+    models = embeddings[:14].reshape(7, 2, 2, 192).mean(axis=1)
+    for file in range(11):
+        for model in range(7):
+            pair = np.stack([models[model], embeddings[14 + file]])
+            expected = tools.score_kinds(pair, np.array([[0, 1]]), cohort, 10, True)
+            for kind, scores in expected.items():
+                assert found[kind][file, model] == pytest.approx(scores[0], abs=2e-5)

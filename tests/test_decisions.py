@@ -233,13 +233,13 @@ def slow_figures(ratios, labels):
 def test_calibration_figures_equal_loops():
     scores, labels = gaussian_trials(2000, distance=2.0)
     ratios = 1.5 * scores - 1
-    figures = tools.calibration_figures(ratios, labels)
+    figures = calibrate.calibration_figures(ratios, labels)
     values = {name: figure['value'] for name, figure in figures.items()}
     assert values == pytest.approx(slow_figures(ratios, labels), abs=1e-9)
     assert values['minCllr'] < values['Cllr']
-    again = tools.calibration_figures(ratios**3 + 5, labels)['minCllr']['value']
+    again = calibrate.calibration_figures(ratios**3 + 5, labels)['minCllr']['value']
     assert again == pytest.approx(values['minCllr'], abs=1e-9), 'that of every monotone function'
-    apart = tools.calibration_figures(np.where(labels == 1, 9.0, -9.0), labels)
+    apart = calibrate.calibration_figures(np.where(labels == 1, 9.0, -9.0), labels)
     assert apart['minCllr']['value'] == 0
     assert apart['actDCF(0.01)']['value'] == 0
 
@@ -296,32 +296,6 @@ def test_calibration_of_written_scores(scored, tmp_path, capsys):
 
 
 @short
-def test_eval_shows_what_the_ratios_are_worth(scored, tmp_path, capsys):
-    calibrate.main([scored['save_path'], '--fit', 'fit'])
-    calibration = read_calibration(scored)
-    lists = [str(tmp_path / 'fit.txt'), str(tmp_path / 'test.txt')]
-    capsys.readouterr()
-    run('--eval', '--eval_list', *lists, **scored)
-    header, *rows = capsys.readouterr().out.splitlines()[-5:]
-    assert re.split('  +', header)[-2:] == ['Cllr', 'minCllr']
-    cells = {}
-    for row in rows:
-        path, kind, *_, cost, lowest = re.split('  +', row)
-        cells[path, kind] = cost, lowest
-    *others, (found, kind) = sorted(cells, key=lambda key: cells[key] != ('-', '-'))
-    assert (found, kind) == (lists[1], 'asnorm')
-    assert len(others) == 3, 'neither raw scores nor the list that it was fitted on'
-    labels, scores, _ = tools.read_trial_scores(Path(scored['save_path'], 'scores/test.txt'))
-    expected = slow_figures(calibration['weight'] * scores[:, 1] + calibration['bias'], labels)
-    for name, text in zip(('Cllr', 'minCllr'), cells[found, kind]):
-        assert float(text) == pytest.approx(expected[name], abs=6e-5)
-    Path(scored['save_path'], 'calibration.json').write_text('{}')
-    assert 'calibration.json: not what' in refusal(
-        capsys, trainECAPAModel.main, ['--eval', *command_line(**scored)]
-    )
-
-
-@short
 def test_compare_shows_cllr_of_the_scores_that_a_calibration_is_for(scored, tmp_path, capsys):
     calibrate.main([scored['save_path'], '--fit', 'fit'])
     calibration = read_calibration(scored)
@@ -361,9 +335,15 @@ def test_the_last_kind_is_calibrated_and_a_moved_folder_is_read(scored, tmp_path
 
 @short
 def test_lists_that_a_calibration_is_not_for_are_left_out(scored, tree, tmp_path, capsys):
-    """The same trials in another layout, another checkpoint's, and those without the kind."""
+    """The same trials in another layout, another checkpoint's, and those without the kind.
+
+    That layout has the label last, the sides swapped, ./ before files, and a trial twice.
+    """
     lines = (tmp_path / 'fit.txt').read_text().splitlines()
-    turned = [f'{line.split(" ", 1)[1]} {in_words(line[0])}' for line in lines]
+    turned = []
+    for line in [*lines, lines[0]]:
+        label, enrolment, test = line.split()
+        turned.append(f'./{test} {enrolment} {in_words(label)}')
     (tmp_path / 'again.txt').write_text('\n\n'.join(sorted(turned)))
     run('--eval', eval_list=tmp_path / 'again.txt', **scored)
     (tmp_path / 'raw.txt').write_text('\n'.join(lines[:50]))
@@ -377,6 +357,8 @@ def test_lists_that_a_calibration_is_not_for_are_left_out(scored, tree, tmp_path
     calibrate.main([scored['save_path'], '--fit', 'fit'])
     output = capsys.readouterr().out
     assert f'not calibrated: {tmp_path}/again.txt, the trials that' in output
+    assert f'{tmp_path}/test.txt is too easy' in output, 'it has 60 of the 66 trials'
+    assert 'shares 60 of its 60 trials' in output
     assert f'not calibrated: {tmp_path}/raw.txt, which has no asnorm' in output
     assert f'not calibrated: {tmp_path}/other.txt, which another checkpoint' in output
     _, table = output.split('\nlist ')
@@ -439,15 +421,9 @@ def test_verify_says_why_a_calibration_does_not_belong(tree, scored, capsys):
     path.write_text(json.dumps({**calibration, 'checkpoint': {'path': 'b.model', 'sha256': '0'}}))
     verify.main(normalised)
     assert 'it was fitted on scores of b.model' in capsys.readouterr().out
-    for damage in (
-        {'kind': 3},
-        {'weight': -5.0},
-        {'list': {'path': 'dev.txt', 'sha256': '0'}},
-        {'threshold': {'ratio': 1.0}},
-        {'checkpoint': {'sha256': '0'}},
-    ):
-        path.write_text(json.dumps({**calibration, **damage}))
-        assert 'not what exps.calibrate writes' in refusal(capsys, verify.main, normalised)
+    for content in ('{}', '[]', 'weight 3', json.dumps({**calibration, 'list': None})[:-9]):
+        path.write_text(content)
+        assert str(path) in refusal(capsys, verify.main, normalised)
 
 
 @short
@@ -455,7 +431,7 @@ def test_verify_says_why_a_calibration_does_not_belong(tree, scored, capsys):
     'options, message',
     [
         (['--fit', 'dev'], '--fit dev: is not one of the lists in'),
-        (['--fit', 'trials'], 'trials.txt: 30 trials of either kind'),
+        (['--fit', 'trials'], 'trials.txt: a fit needs at least 30 trials'),
         (['--fit', 'trials', '--kind', 'asnorm'], '--kind asnorm: '),
     ],
 )
@@ -464,6 +440,30 @@ def test_a_calibration_that_cannot_be_is_refused(tree, model, capsys, options, m
     run('--eval', initial_model=model, **{name: tree[name] for name in names})
     assert message in refusal(capsys, calibrate.main, [tree['save_path'], *options])
     assert not Path(tree['save_path'], 'calibration.json').exists()
+
+
+def test_a_list_with_speakers_of_the_fit_is_noted():
+    fitted = [('id1/a.wav', 'id1/b.wav'), ('id1/a.wav', 'id2/c.wav')]
+    others = [('./id3/a.wav', 'id4/b.wav'), ('id5/a.wav', 'id5/c.wav')]
+    assert calibrate.note_overlap(others, fitted, '') == ''
+    note = calibrate.note_overlap([*others, ('id2/x.wav', 'id3/y.wav')], fitted, '')
+    assert '1 of its 4 speakers' in note
+    assert 'id2' in note
+    words = [('bed/x_nohash_0.wav', 'cat/y_nohash_0.wav')]
+    other = [('cat/y_nohash_1.wav', 'dog/z_nohash_0.wav')]
+    assert '1 of its 2 speakers' in calibrate.note_overlap(words, other, '([a-z]+)_nohash')
+
+
+def test_equal_scores_cannot_be_calibrated():
+    with pytest.raises(BadInput, match='equal'):
+        calibrate.check_fit('a.txt', 'raw', np.repeat([0, 1], 50), np.ones(100))
+
+
+@pytest.mark.parametrize('option', ['--c_miss', '--c_fa'])
+@pytest.mark.parametrize('value', ['inf', 'nan', '1e999', '-1'])
+def test_costs_are_finite(capsys, option, value):
+    message = refusal(capsys, verify.main, ['a.wav', 'b.wav', option, value])
+    assert option in message
 
 
 def test_a_folder_without_scores_is_refused(tmp_path, capsys):

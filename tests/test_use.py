@@ -506,14 +506,16 @@ def experiment(tmp_path):
     lines = [line % (epoch, eer) for epoch, eer in enumerate(eers, 1)]
     (folder / 'score.txt').write_text(''.join(lines))
     random = np.random.default_rng(4)
+    labels = random.integers(2, size=200)
+    scores = random.standard_normal((200, 2)) + labels[:, None]
     text = ''
-    for label in random.integers(2, size=200):
-        raw, normalised = random.standard_normal(2) + label
+    for label, (raw, normalised) in zip(labels, scores):
         text += f'{label} {raw:.6f} {normalised:.6f} x.wav y.wav\n'
     (folder / 'scores/hard.txt').write_text(text)
-    raw = {'EER': {'value': 12.34, 'threshold': 0}, 'minDCF(0.05)': {'value': 0.5}}
+    eers = [operating_points(column, labels)['EER'] for column in scores.T]
+    raw = {'EER': eers[0], 'minDCF(0.05)': {'value': 0.5}}
     entry = {
-        'figures': {'raw': raw, 'asnorm': {'EER': {'value': 10.5, 'threshold': 0}}},
+        'figures': {'raw': raw, 'asnorm': {'EER': eers[1]}},
         'scores': 'x/scores/hard.txt',
         'trials': 200,
         'sha256': '0',
@@ -531,10 +533,13 @@ def test_comparing_experiments(experiment, tmp_path, capsys):
     assert rows[1] == ['one', '5', '3.00%', '1.00%', '4', '2.60%']
     assert rows[2] == ['published', '80', '1.03%', '0.96%', '70', '1.05%']
     rows = [re.split(r'  +', line) for line in scores.splitlines()[:5]]
+    record = json.loads((experiment / 'results.json').read_text())
+    figures = record['lists']['lists/hard.txt']['figures']
+    raw, normalised = (f'{figures[kind]["EER"]["value"]:.2f}%' for kind in ('raw', 'asnorm'))
     assert rows == [
         ['experiment', 'checkpoint', 'list', 'kind', 'trials', 'speakers', 'EER', 'minDCF(0.05)'],
-        ['one', 'model_0005.model', 'hard', 'raw', '200', '-', '12.34%', '0.5000'],
-        ['one', 'model_0005.model', 'hard', 'asnorm', '200', '-', '10.50%', '-'],
+        ['one', 'model_0005.model', 'hard', 'raw', '200', '-', raw, '0.5000'],
+        ['one', 'model_0005.model', 'hard', 'asnorm', '200', '-', normalised, '-'],
         ['published', 'pretrain.model', 'Vox1_O', 'raw', '37,611', '40', '0.96%', '-'],
         ['published', 'pretrain.model', 'Vox1_O', 'asnorm', '37,611', '40', '0.86%', '-'],
     ]
@@ -556,7 +561,7 @@ def test_comparing_other_files_is_refused(experiment, tmp_path, capsys):
     cases = {
         '1 high 0.2 x.wav y.wav\n': 'hard.txt: not a file of scores',
         '1 nan 0.2 x.wav y.wav\n': 'a score is not finite',
-        '1 0.1 0.2 x.wav y.wav\n': 'other trials or columns than results.json names',
+        '1 0.1 0.2 x.wav y.wav\n': 'results.json',
     }
     for text, words in cases.items():
         (experiment / 'scores/hard.txt').write_text(text)
