@@ -12,7 +12,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchaudio
 from torch import nn
-from torch.distributed._functional_collectives import all_reduce
 
 from tools import BadInput
 
@@ -286,7 +285,7 @@ def encoder_of(state):
     return found
 
 
-# Machinery: means with gradients of their own, and the batch norm of several processes.
+# Machinery: means whose gradients are written by hand; batch norm over several processes.
 
 
 def mask_of(frames, x):
@@ -341,55 +340,88 @@ class Moments(torch.autograd.Function):
         return grad_x, grad_logits
 
 
-def norm_of_all(x, weight, bias, eps=1e-5):
+class NormOfAll(torch.autograd.Function):
     """Batch norm (Ioffe and Szegedy, ICML 2015) with the statistics of all processes that train.
 
-    x: (B, channels[, T]), of each process as many utterances; weight, bias: (channels,); eps: added
-    to the variance. Returns (x normalised, mean, biased variance), the last two (channels,),
-    without gradients.
+    x: (B, channels, T), of the same size in each process; weight, bias: (channels,); eps: added to
+    the variance. Returns (x normalised, mean, biased variance), the last two (channels,) without
+    gradients. Raises RuntimeError if the sizes differ.
+
+    Each pass has one exchange. Only x is kept for the backward pass, in its own type.
     """
-    dims = [dim for dim in range(x.ndim) if dim != 1]
-    shape = (1, -1, *[1] * (x.ndim - 2))
 
-    # Less a constant near their mean: the difference of large numbers would lose the digits of a
-    # small variance.
-    centre = x.detach().float().mean(dims)
-    centred = x.float() - centre.view(shape)
-    own = torch.stack([centre, centred.mean(dims), centred.square().mean(dims)])
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        origin, shifted = shift(x)
+        variance, offset = torch.var_mean(shifted.float(), (0, 2), correction=0)  # (channels,) each
 
-    # A sum in which each process has a place of its own hands everything to everyone, and so does
-    # its gradient.
-    places = torch.zeros(dist.get_world_size(), *own.shape, device=x.device)
-    places[dist.get_rank()] = own
-    centres, means, squares = all_reduce(places, 'sum', dist.group.WORLD).unbind(dim=1)
+        # Average moments over the processes, in float64: E[x²] - E[x]² keeps its digits.
+        mean = origin.double() + offset
+        size = torch.full_like(mean, x.numel())
+        moments = torch.stack([mean, torch.addcmul(variance, mean, mean), size])
+        dist.all_reduce(moments)
+        mean, square, size = moments / dist.get_world_size()
+        torch._assert_async(size[0] == x.numel(), 'the processes have parts of different sizes')
+        variance = torch.addcmul(square, mean, mean, value=-1).float()
+        offset = (mean - origin).float()
+        mean = mean.float()
 
-    variances = squares - means.square()
-    # Counted from the first one's centre, so that all processes round alike.
-    means = centres - centres[0] + means
-    mean = means.mean(dim=0)
-    variance = variances.mean(dim=0) + (means - mean).square().mean(dim=0)
+        ctx.save_for_backward(x, weight, offset, variance)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, variance)
+        normalised = F.batch_norm(shifted, offset, variance, weight, bias, eps=eps)
+        return normalised, mean, variance
 
-    shift = mean + (centres[0] - centre)
-    scale = (variance + eps).rsqrt() * weight
-    normalised = (centred - shift.view(shape)) * scale.view(shape) + bias.view(shape)
-    return normalised.to(x.dtype), (centres[0] + mean).detach(), variance.detach()
+    @staticmethod
+    def backward(ctx, grad, *_):
+        x, weight, offset, variance = ctx.saved_tensors
+        _, shifted = shift(x)
+
+        # With n = (x - mean) / deviation: grad_weight = sum(grad n), grad_bias = sum(grad).
+        inverse = (variance + ctx.eps).rsqrt()
+        _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, shifted, weight, offset, variance, offset, inverse,
+            False, ctx.eps, [False, True, True],
+        )  # fmt: skip
+
+        # grad_x = (grad - mean(grad) - n mean(grad n)) weight / deviation, with means over all.
+        sums = torch.stack([grad_weight, grad_bias])
+        dist.all_reduce(sums)
+        count = x.numel() // x.shape[1] * dist.get_world_size()
+        scale = weight * inverse
+        along, mean = sums * (scale / -count)
+        grad_x = F.batch_norm(shifted, offset, variance, along, mean, eps=ctx.eps)
+        return grad_x.addcmul_(grad, scale.view(1, -1, 1)), grad_weight, grad_bias, None
+
+
+def shift(x):
+    """An origin (channels,) for the numbers of x (B, channels, T), and x minus it.
+
+    Beside a large mean float32 loses small deviations, so its origin is one of the numbers. In
+    bfloat16 they are lost already: its origin is 0.
+    """
+    if x.dtype != torch.float32:
+        return torch.zeros(x.shape[1], device=x.device), x
+    origin = x[:1, :, :1]
+    return origin.flatten(), x - origin
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """nn.BatchNorm1d with the statistics of all processes, where several train together.
+    """nn.BatchNorm1d with the statistics of all processes, if several train together.
 
-    PyTorch's SyncBatchNorm has the host wait for the GPU in every layer, and needs a GPU.
+    (PyTorch's SyncBatchNorm makes the host wait for the GPU in every layer, and needs a GPU.)
     """
 
     def forward(self, input):
-        """input: (B, channels[, T]), normalised; in training, updates the running statistics."""
+        """Normalises (B, channels[, T]); in training, updates the running statistics."""
         together = dist.is_initialized() and dist.get_world_size() > 1
         if not self.training or not together:
             return super().forward(input)
 
-        normalised, mean, variance = norm_of_all(input, self.weight, self.bias, self.eps)
-        count = input.numel() // input.shape[1] * dist.get_world_size()
+        x = input if input.ndim == 3 else input.unsqueeze(2)
+        normalised, mean, variance = NormOfAll.apply(x, self.weight, self.bias, self.eps)
+        count = x.numel() // x.shape[1] * dist.get_world_size()
         self.num_batches_tracked.add_(1)
         self.running_mean.lerp_(mean, self.momentum)
         self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
-        return normalised
+        return normalised.view_as(input)

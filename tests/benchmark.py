@@ -10,6 +10,7 @@ where ../shared has some.
 """
 
 import argparse
+import contextlib
 import itertools
 import multiprocessing
 import platform
@@ -19,10 +20,12 @@ import time
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import soundfile
 import torch
+import torch.distributed as dist
 from scipy.signal import resample_poly
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -438,8 +441,24 @@ class Traffic(TorchDispatchMode):
         return result
 
 
-def step_traffic(side, C, batch_size, precision):
-    """(Kernels, bytes) of an optimiser step that is not compiled."""
+def first_of(processes):
+    """A context in which this is the first of several processes, whose exchanges do nothing."""
+    if processes == 1:
+        return contextlib.nullcontext()
+    return patch.multiple(
+        dist,
+        is_initialized=lambda: True,
+        get_rank=lambda: 0,
+        get_world_size=lambda: processes,
+        all_reduce=lambda tensor: None,
+    )
+
+
+def step_traffic(side, C, batch_size, precision, processes=1):
+    """(Kernels, bytes) of an optimiser step that is not compiled.
+
+    batch_size: utterances of one of the processes.
+    """
     if side == 'ours':
         step = make_system(C, precision=precision).train().train_step
     else:
@@ -453,7 +472,8 @@ def step_traffic(side, C, batch_size, precision):
             classifier(encoder(audio, aug=False), labels)[0].backward()
             optimiser.step()
 
-    with FakeTensorMode(allow_non_fake_inputs=True), Traffic() as traffic:
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with first_of(processes), fake, Traffic() as traffic:
         audio = torch.empty(batch_size, 200 * 160 + 240)
         labels = torch.zeros(batch_size, dtype=torch.long)
         step(audio, labels)
@@ -461,9 +481,9 @@ def step_traffic(side, C, batch_size, precision):
 
 
 def traffic_rows(options, folder):
-    """At the size of a GPU, whatever this machine is."""
+    """At the size of a GPU, whatever this machine is; for one GPU and as one of several."""
     C = 16 if options.quick else 1024
-    batch_size = 4 if options.quick else 400
+    batch_size = 8 if options.quick else 400
     plain_kernels, plain_size = step_traffic('plain', C, batch_size, 'fp32')
     for precision in ('fp32', 'bf16'):
         kernels, size = step_traffic('ours', C, batch_size, precision)
@@ -473,6 +493,16 @@ def traffic_rows(options, folder):
             plain=f'{plain_kernels:,} kernels, {plain_size / 1e9:.1f} GB',
             ratio=f'{plain_size / size:.2f}',
             note='counted, not timed; plain is in float32, without SpecAugment',
+        )
+    for precision, processes in itertools.product(('fp32', 'bf16'), (2, 8)):
+        part = batch_size // processes
+        kernels, size = step_traffic('ours', C, part, precision, processes)
+        kernels_alone, size_alone = step_traffic('ours', C, part, precision)
+        yield Row(
+            what=f'... {precision}, one of {processes} processes, {part} utterances',
+            ours=f'{kernels:,} kernels, {size / 1e9:.1f} GB',
+            ratio=f'{size_alone / size:.2f}',
+            note=f'one process with as many: {kernels_alone:,} kernels, {size_alone / 1e9:.1f} GB',
         )
 
 

@@ -11,11 +11,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 
 from ECAPAModel import ECAPAModel, read_checkpoint
-from model import norm_of_all
 
 SHARED = Path(__file__).parents[2] / 'shared'
 GOLDEN = SHARED / 'golden'
@@ -94,55 +91,6 @@ def portable_system(C, **options):
         tensor.copy_(torch.from_numpy(noise.astype(np.float32)))
     system.speaker_encoder.specaug = torch.nn.Identity()
     return system
-
-
-def norm_errors(device='cpu', norm_of_all=norm_of_all):
-    """Relative errors of norm_of_all, compiled or not, and of its gradients, beside float64.
-
-    It sees this process's part of a batch, float64 all of it; the means of the channels are 0 and
-    1000 deviations.
-    """
-    errors = []
-    random = torch.Generator().manual_seed(0)
-    part = own_part(8)
-    for offset in (0, 1000):
-        for shape in ((8, 16, 50), (8, 192)):
-            x = torch.randn(shape, generator=random) + offset
-            direction = torch.randn(shape, generator=random)
-            weight, bias = torch.rand(2, shape[1], generator=random)
-            exact = exact_norm(x, weight, bias, direction, part)
-
-            inputs = [tensor.to(device).requires_grad_() for tensor in (x[part], weight, bias)]
-            normalised, mean, variance = norm_of_all(*inputs, eps=1e-5)
-            gradients = torch.autograd.grad(normalised, inputs, direction[part].to(device))
-            for gradient in gradients[1:]:
-                dist.all_reduce(gradient)
-
-            ours = [normalised, variance, *gradients]
-            if offset:  # a mean of 0 has no relative error
-                ours.append(mean)
-            for tensor, expected in zip(ours, exact):
-                errors.append(((tensor.cpu() - expected).norm() / expected.norm()).item())
-    return errors
-
-
-def own_part(size):
-    """Where this process's part of a batch of `size` lies in it."""
-    share = size // dist.get_world_size()
-    return slice(share * dist.get_rank(), share * (dist.get_rank() + 1))
-
-
-def exact_norm(x, weight, bias, direction, part):
-    """Batch norm of x in float64: of a part of the batch, its output; variance, gradients, mean.
-
-    The gradients are those of x in this part, of weight and of bias.
-    """
-    inputs = [tensor.double().requires_grad_() for tensor in (x, weight, bias)]
-    normalised = F.batch_norm(inputs[0], None, None, *inputs[1:], training=True)
-    gradients = torch.autograd.grad(normalised, inputs, direction.double())
-    dims = [dim for dim in range(x.ndim) if dim != 1]
-    variance, mean = torch.var_mean(x.double(), dims, correction=0)
-    return [normalised[part], variance, gradients[0][part], *gradients[1:], mean]
 
 
 def weights(path):

@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import command_line, norm_errors, weights
+from conftest import command_line, weights
 
 import trainECAPAModel
 from dataLoader import make_batches, train_loader
 from ECAPAModel import ECAPAModel
-from model import norm_of_all
 from tools import BadInput, process_count, process_rank, read_scores, sum_over_processes
 from trainECAPAModel import join_processes
 
@@ -55,13 +54,7 @@ def torchrun(script, *arguments, restarts=0, cwd):
 def in_two_processes(options, folder):
     """What each process saves in `folder`; runs under torchrun, at the end of this file."""
     torch.distributed.init_process_group('gloo')
-    compiled = torch.compile(norm_of_all, backend='aot_eager', fullgraph=True)
-    norm = norm_errors()
-    compiled_norm = norm_errors(norm_of_all=compiled)
-    result = part_of_training(options)
-    result['norm_errors'] = norm
-    result['compiled_norm_errors'] = compiled_norm
-    torch.save(result, f'{folder}/{process_rank()}.pt')
+    torch.save(part_of_training(options), f'{folder}/{process_rank()}.pt')
     torch.distributed.destroy_process_group()
 
 
@@ -114,9 +107,6 @@ def test_two_processes_share_an_epoch_and_agree(tree, tmp_path):
     second = torch.load(tmp_path / '1.pt')
     alone = part_of_training(tree)
 
-    assert max(first['norm_errors'] + second['norm_errors']) < 1e-5
-    assert max(first['compiled_norm_errors'] + second['compiled_norm_errors']) < 1e-5
-
     assert len(alone['indices']) == 2
     joined = [a + b for a, b in zip(first['indices'], second['indices'])]
     assert joined == alone['indices']
@@ -133,6 +123,7 @@ def test_two_processes_share_an_epoch_and_agree(tree, tmp_path):
 
     for name, expected in alone['statistics'].items():
         statistic = first['statistics'][name]
+        assert torch.equal(statistic, second['statistics'][name]), name
         np.testing.assert_allclose(statistic, expected, rtol=1e-4, atol=1e-6, err_msg=name)
     for name, tensor in first['weights'].items():
         assert torch.equal(tensor, second['weights'][name])
