@@ -204,7 +204,7 @@ class ECAPAModel(nn.Module):
         return torch.cat([totals, norm.view(1)])
 
     def train_network(self, epoch, loader):
-        """One epoch over a loader of (waveforms (B, samples), labels (B,)).
+        """Trains one epoch over a loader of (waveforms (B, samples), labels (B,)).
 
         Returns (mean loss, learning rate, mean accuracy in percent) of all processes, which the
         progress bar shows too. Raises Diverged at most LOOK_EVERY steps after a loss or gradient
@@ -213,6 +213,7 @@ class ECAPAModel(nn.Module):
         steps = len(loader)
         if steps == 0:
             raise BadInput('an epoch has no full batch: the list is shorter than --batch_size')
+
         # Frozen epochs train only the classifier.
         self.train()
         trains_encoder = epoch > self.freeze_epochs
@@ -221,14 +222,17 @@ class ECAPAModel(nn.Module):
         batches = TimedBatches(loader)
         not_seen = []
         totals = torch.zeros(3, dtype=torch.float64)
-        # disable=None shows the bar on a terminal alone.
+        # disable=None shows the bar only on a terminal.
         hide = True if process_rank() > 0 else None
         with tqdm(desc=f'epoch {epoch}', total=steps, unit='step', disable=hide) as bar:
             for step, batch in enumerate(batches, 1):
+                # Take a step.
                 lr = self.set_rate_and_margin(epoch - 1 + (step - 1) / steps)
                 audio = batch[0].to(self.device, non_blocking=True)
                 labels = batch[1].to(self.device, non_blocking=True)
                 not_seen.append((batch, self.train_step(audio, labels)))
+
+                # Look at the results from time to time: only here the loop waits for a GPU.
                 if len(not_seen) == LOOK_EVERY or step == steps or not self.on_gpu:
                     totals += sum_of_finite(not_seen, epoch, step)
                     not_seen = []
@@ -243,6 +247,8 @@ class ECAPAModel(nn.Module):
 
         if batches.share_waited() > 0.3 and steps > 20:
             self.warn_of_waiting(batches.share_waited())
+
+        # Average over the steps of all processes.
         totals = tools.sum_over_processes(totals.to(self.device)) / (steps * process_count())
         loss, accuracy, _ = totals.tolist()
         return loss, lr, accuracy

@@ -419,7 +419,7 @@ def accuracy(output, target, topk=(1,)):
     return [correct[:, :k].any(dim=1).float().mean().mul(100).view(1) for k in topk]
 
 
-# 2. What a run writes: score.txt, options.txt, results.json and scores; files that are whole.
+# 2. What a run writes: score.txt, results.json and scores; files that are whole.
 
 SCORE_LINE = '%d epoch, LR %f, LOSS %f, ACC %2.2f%%, EER %2.2f%%, bestEER %2.2f%%\n'
 NUMBER = r'(-?\d+\.\d+|-?inf|nan)'

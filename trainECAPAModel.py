@@ -180,7 +180,8 @@ def train(args):
         for epoch in range(done.epoch + 1, args.max_epoch + 1):
             starts.append(time.time())
             done = train_epoch(run, epoch, args)
-            say(epoch_line(done, starts, args.max_epoch, sort_bad_audio(run.dataset)))
+            replaced = sort_bad_audio(run.dataset)
+            say(epoch_line(done, starts, args.max_epoch, replaced))
             if epoch % args.test_step == 0:
                 if process_rank() == 0:
                     save_training(run.system, args.model_save_path, done, run.identity, args.keep)
@@ -303,11 +304,13 @@ def write_options(args):
 
 
 def build_system(args, speakers):
-    """The system for a training list of `speakers` speakers.
+    """Builds the system for a training list of `speakers` speakers.
 
     Returns (ECAPAModel, weights of --initial_model or None).
     """
     check_options(args, speakers)
+
+    # Take the sizes from --initial_model, from the options or from the list.
     C = args.C
     n_class = args.n_class or speakers
     weights = None
@@ -340,16 +343,16 @@ def build_system(args, speakers):
 
 
 def check_description(system, args):
-    """Raises BadInput if a checkpoint of the system would be taken for one of another kind.
+    """Raises BadInput if the checkpoints of the system would be read as those of another one.
 
-    Found out before the training, not when its first checkpoint is read again.
+    This is checked before training, so that no trained checkpoint turns out to be unreadable.
     """
     found = describe(system.state_dict())
     if (found['encoder'], found['C']) != (args.encoder, system.C):
         raise BadInput(
             f'--encoder {args.encoder}: its checkpoints would be read as {found["encoder"]} with '
-            f'{found["C"]} channels; see channels_of in model.py, and give its tensors names of '
-            'their own'
+            f'{found["C"]} channels; see channels_of in model.py, and give at least one tensor '
+            'another name'
         )
     if found['n_class'] not in (0, system.n_class):
         raise BadInput(
@@ -423,14 +426,14 @@ def print_plan(run, args):
     )
     if args.max_epoch % args.test_step:
         say(
-            'note          the last epochs are neither tested nor saved: --max_epoch is no '
-            'multiple of --test_step'
+            'note          the last epochs are neither tested nor saved: --max_epoch is not '
+            'a multiple of --test_step'
         )
     with first_process_first():
-        check_room(args, 4 * (encoder + classifier))
+        check_disk_space(args, 4 * (encoder + classifier))
 
 
-def check_room(args, size):
+def check_disk_space(args, size):
     """Raises BadInput if --save_path has no room for a checkpoint of `size` bytes.
 
     Warns if there is room for one, but not for all those of the run.
@@ -595,9 +598,9 @@ def sort_bad_audio(dataset):
 
 
 def epoch_line(done, starts, max_epoch, replaced):
-    """The line of the log on an epoch: figures, minutes and, from the second on, the expected end.
+    """Returns the log line of an epoch: figures, minutes and, from the second on, the expected end.
 
-    starts: when each epoch of this process began; replaced: how many utterances were.
+    starts: when each epoch of this process began; replaced: number of replaced utterances.
     """
     line = f'{now()} epoch {done.epoch}, LR {done.lr:f}, LOSS {done.loss:f}, '
     line += f'ACC {done.accuracy:2.2f}%, {(time.time() - starts[-1]) / 60:.1f} min'
@@ -612,7 +615,7 @@ def epoch_line(done, starts, max_epoch, replaced):
 
 
 def now():
-    """Date and time, for the log."""
+    """Returns date and time for the log."""
     return time.strftime('%F %T')
 
 
