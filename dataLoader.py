@@ -9,13 +9,17 @@ import errno
 import functools
 import io
 import math
+import multiprocessing
+import multiprocessing.util
 import os
 import random
 import re
+import shutil
 import signal
 import stat
 import struct
 import sys
+import tempfile
 import wave
 from array import array
 from fractions import Fraction
@@ -26,19 +30,24 @@ import soundfile
 import torch
 import torchaudio
 from scipy.signal import butter, fftconvolve, resample_poly, sosfilt
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 from tqdm import tqdm
 
+import tools
 from tools import (
+    MORE_SHARED_MEMORY,
     BadInput,
+    available_cpus,
     note,
     number_speakers,
     process_count,
     process_rank,
     refuse_unknown,
     say,
+    sentence,
     sha256,
     speakers_of,
+    summary,
     write_text,
 )
 
@@ -396,15 +405,15 @@ def make_batches(dataset, batch_size, n_cpu, **kwargs):
             f'the training list has {len(dataset)} utterances, fewer than one batch: --batch_size '
             f'{batch_size} must be at most {len(dataset)}'
         )
-    return DataLoader(
+    sampler = EpochSampler(len(dataset), batch_size, dataset.seed)
+    n_cpu = usable_processes(n_cpu, len(sampler))
+    return Loader(
         dataset,
-        batch_sampler=EpochSampler(len(dataset), batch_size, dataset.seed),
-        # Of its own, so that starting workers does not move the one that training draws from.
-        generator=torch.Generator(),
-        num_workers=n_cpu,
+        n_cpu,
+        batch_sampler=sampler,
+        collate_fn=stack,
         persistent_workers=n_cpu > 0,
         prefetch_factor=4 if n_cpu else None,
-        worker_init_fn=ignore_interrupts,
         **kwargs,
     )
 
@@ -434,32 +443,142 @@ def eval_crops(audio):
 # Machinery: reading audio files, reading lists, checking both before anything is trained.
 
 
-def parallel_map(function, items, n_cpu, **kwargs):
-    """function(item) of each item, in their order, by n_cpu processes: a DataLoader as a map."""
-    return DataLoader(
-        items,
-        batch_size=None,
-        num_workers=n_cpu,
-        collate_fn=function,
-        worker_init_fn=ignore_interrupts,
-        **kwargs,
-    )
+class Loader(DataLoader):
+    """DataLoader with n_cpu loading processes, whose errors end the command that uses it.
 
-
-def ignore_interrupts(worker):
-    """Has a worker leave Ctrl-C, which reaches all processes, to the one that started it.
-
-    That one may end while it takes a batch from the worker, whose thread that serves batches
-    (multiprocessing.resource_sharer) would then print a traceback.
+    With n_cpu = 0 this process reads. kwargs: as DataLoader's.
     """
+
+    def __init__(self, items, n_cpu, **kwargs):
+        super().__init__(
+            items,
+            num_workers=n_cpu,
+            worker_init_fn=prepare_worker,
+            # A separate generator: starting workers draws from it, and must not advance the global
+            # one, from which training draws.
+            generator=torch.Generator(),
+            **kwargs,
+        )
+
+    def __iter__(self):
+        if self.num_workers:
+            shorten_socket_names()
+        try:
+            batches = super().__iter__()
+        except OSError as error:
+            raise BadInput(
+                f'{self.num_workers} loading processes cannot be started ({error.strerror}): use a '
+                'smaller --n_cpu'
+            ) from error
+        tools.helpers[:] = multiprocessing.active_children()
+        return batches
+
+
+def parallel_map(function, items, n_cpu, **kwargs):
+    """Returns an iterable of function(item) of each item, in order, by up to n_cpu processes."""
+    n_cpu = usable_processes(n_cpu, len(items))
+    if len(items) <= 2:
+        n_cpu = 0  # read sooner than a process has started
+    if n_cpu:
+        function = functools.partial(share_result, function)
+    return Loader(items, n_cpu, batch_size=None, collate_fn=function, **kwargs)
+
+
+def usable_processes(n_cpu, tasks):
+    """Returns how many of n_cpu loading processes to start for a number of files or batches."""
+    most = max(64, available_cpus())
+    return 0 if n_cpu and why_no_processes() else min(n_cpu, tasks, most)
+
+
+@functools.cache
+def why_no_processes():
+    """Returns why this machine cannot start helper processes, and says so once; '' if it can."""
+    try:
+        multiprocessing.Lock()
+    except (OSError, ImportError) as error:
+        say(f'note          no loading processes: this machine has no semaphores ({error})')
+        return str(error)
+    return ''
+
+
+def shorten_socket_names():
+    """Has helper processes make their sockets in /tmp if the path of TMPDIR is too long for them.
+
+    The operating system allows 107 bytes, of which multiprocessing adds 32 to TMPDIR.
+    """
+    chosen = tempfile.gettempdir()
+    if len(os.fsencode(chosen)) <= 75:
+        return
+    try:
+        tempfile.tempdir = '/tmp'
+        # Made once; the processes started later use the same folder.
+        multiprocessing.util.get_temp_dir()
+    except OSError as error:
+        raise BadInput(
+            f'TMPDIR {chosen}: too long for the sockets of loading processes, and /tmp cannot be '
+            f'written ({error.strerror}): set TMPDIR to a short path, or give --n_cpu 0'
+        ) from error
+    finally:
+        tempfile.tempdir = chosen
+
+
+def prepare_worker(worker):
+    """Makes a worker ignore Ctrl-C, which the main process handles, and end by any error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    print_exception = sys.excepthook
+    # The thread that sends results would print its errors and go on, and they would be awaited for
+    # ever.
+    multiprocessing.queues.Queue._on_queue_feeder_error = end_worker
 
-    def unless_nobody_listens(kind, error, traceback):
-        if not isinstance(error, (ConnectionError, EOFError)):
-            print_exception(kind, error, traceback)
 
-    sys.excepthook = unless_nobody_listens
+def end_worker(queue, error, item):
+    """Ends a loading process whose result cannot be sent."""
+    print(f'a loading process cannot send its result: {summary(error)}', file=sys.stderr)
+    os._exit(1)
+
+
+def share_result(function, item):
+    """Returns function(item), tensors in shared memory: a worker then sends only their handles.
+
+    Raises BadInput if there is no room for them, or for whatever else `sentence` knows.
+    """
+    try:
+        result = function(item)
+    except OSError as error:
+        # Its number and file would be lost on the way.
+        message = sentence(error)
+        if message is None:
+            raise
+        raise BadInput(message) from error
+    parts = result if isinstance(result, tuple) else (result,)
+    with shared_memory_errors():
+        for part in parts:
+            if isinstance(part, torch.Tensor):
+                part.share_memory_()
+    return result
+
+
+def stack(samples):
+    """Returns a batch of the samples (waveform, label), in shared memory if a worker makes it."""
+    with shared_memory_errors():
+        return default_collate(samples)
+
+
+@contextlib.contextmanager
+def shared_memory_errors():
+    """Turns PyTorch's error in a block that allocates shared memory into BadInput."""
+    try:
+        yield
+    except RuntimeError as error:
+        if get_worker_info() is None:
+            raise
+        room = ''
+        with contextlib.suppress(OSError):
+            usage = shutil.disk_usage('/dev/shm')
+            room = f'; {usage.free / 1e6:.0f} of {usage.total / 1e6:.0f} MB are free'
+        raise BadInput(
+            f'a loading process has no shared memory for its result ({summary(error)}{room}): '
+            f'{MORE_SHARED_MEMORY}'
+        ) from error
 
 
 # Audio files. AudioFile reads and judges them all; only crops of 16-bit wav have a fast path.

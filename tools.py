@@ -2,12 +2,16 @@
 
 import argparse
 import contextlib
+import errno
 import functools
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
+import multiprocessing
+import multiprocessing.connection
 import os
 import platform
 import posixpath
@@ -17,6 +21,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from typing import NamedTuple
@@ -660,6 +667,9 @@ def read_bytes(path, missing=None):
         raise BadInput(f'{path}: cannot be read ({error.strerror})') from error
 
 
+unfinished_files = set()  # what write_whole is writing
+
+
 def write_whole(path, write):
     """Calls write(binary file), and puts what it wrote at `path`.
 
@@ -670,8 +680,9 @@ def write_whole(path, write):
     content = io.BytesIO()
     write(content)
 
-    # Two processes may write the same file, a cohort's for one.
+    # Two processes may write the same file (for example a cohort).
     temporary = f'{path}.{os.getpid()}.part'
+    unfinished_files.add(temporary)
     try:
         with open(temporary, 'wb') as file:
             file.write(content.getbuffer())
@@ -691,6 +702,7 @@ def write_whole(path, write):
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+        unfinished_files.discard(temporary)
 
 
 def check_writable(folder, option):
@@ -736,6 +748,13 @@ def one_at_a_time(folder):
 
 
 # 3. Options that scripts share; processes; the log; errors for people.
+
+PATIENCE = 3 * 3600  # seconds in which the first process may go through all files of VoxCeleb2
+TIMEOUT = 600  # seconds after which a process that does not answer the others is taken for hung
+
+common_store = None  # torchrun's store of keys, of the processes that train together
+turns = itertools.count()  # of first_process_first
+helpers = []  # processes that load data for this one
 
 # The options of the published command. Its scripts pass all of them to each part: f(**vars(args)).
 PUBLISHED_OPTIONS = {
@@ -891,23 +910,36 @@ def process_count():
 
 @contextlib.contextmanager
 def first_process_first():
-    """The first process runs the block before the others, so that an error is reported once."""
-    if process_rank():
-        dist.barrier()
+    """Lets the first process run the block before the others, which wait for it, hours if need be.
+
+    The others wait at torchrun's store: a collective would end by its timeout of minutes. They end
+    here if a process has told of an error meanwhile.
+    """
+    turn = f'turn {next(turns)}'
+    if process_rank() > 0:
+        until = time.monotonic() + PATIENCE
+        while not common_store.check([turn]):
+            if common_store.check(['told']):
+                sys.exit(2)
+            if time.monotonic() > until:
+                raise BadInput(
+                    f'the first process has not answered for {PATIENCE / 3600:.0f} hours'
+                )
+            time.sleep(0.1)
     yield
     if process_count() > 1 and process_rank() == 0:
-        dist.barrier()
+        common_store.set(turn, 'done')
 
 
 def sum_over_processes(tensor):
-    """The tensor, summed in place over the processes that train together."""
+    """Sums a tensor in place over the processes that train together; returns it."""
     if process_count() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def gather(items):
-    """The items of the lists of all processes that train together, in one list."""
+    """Returns the items of the lists of all processes that train together, in one list."""
     if process_count() == 1:
         return items
     lists = [None] * process_count()
@@ -927,61 +959,167 @@ def note(text):
         print(f'note: {text}', file=sys.stderr, flush=True)
 
 
+class Log:
+    """A stream whose text is dropped if it cannot be written (a closed pipe, a full disk)."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        """Writes text if possible."""
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        """Flushes what was written if possible."""
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+
+@contextlib.contextmanager
+def lossy_log():
+    """Drops what cannot be printed in the block: no line of a log is worth a training."""
+    prepare_streams()
+    out = Log(sys.stdout)
+    err = Log(sys.stderr)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            yield
+    finally:
+        drop_unwritten()
+
+
 class BadInput(Exception):
     """The user's input cannot be used: the message says what is wrong, where, and what to do."""
 
 
-# What PyTorch's errors say where memory is too small, and what to do.
-MEMORY = {
-    "out of memory|ALLOC_FAILED|can't allocate memory": (
-        'Use a smaller --batch_size, or --accumulate.'
-    ),
-    r'DataLoader worker \(pid': (
-        'Memory is short: use a smaller --n_cpu, or more shared memory (docker --shm-size 8g).'
-    ),
-}
+@contextlib.contextmanager
+def exit_on_bad_input(resume_hint=None):
+    """Turns expected errors into one message and an exit status; bugs keep their traceback.
+
+    The status is 2 for what `sentence` knows and for helpers that died, and 141 (silently) if
+    nobody reads the output any more. Of processes that train together, the first one to fail prints
+    its message. resume_hint: see end_on_signals.
+    """
+    prepare_streams()
+    with end_on_signals(resume_hint):
+        try:
+            yield
+            sys.stdout.flush()
+        except KeyboardInterrupt:  # in a notebook, or from somebody's own handler
+            print('\nstopped by Ctrl-C', file=sys.stderr)
+            sys.exit(130)
+        except BrokenPipeError:
+            sys.exit(141)  # as for a program that SIGPIPE ends
+        except Exception as error:
+            message = sentence(error) or why_helpers_died(resume_hint)
+            message = message or why_not_together(error)
+            if message is None:
+                raise
+            if is_first_to_tell():
+                print(f'error: {message}', file=sys.stderr)
+            sys.exit(2)
+        finally:
+            drop_unwritten()
+
+
+def prepare_streams():
+    """Makes standard output and error take any text, also if the shell has closed them (`>&-`)."""
+    for name in ('stdout', 'stderr'):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))
+        elif hasattr(stream, 'reconfigure'):  # a notebook's stream has no such method
+            # File names need not be UTF-8, and are printed nevertheless.
+            stream.reconfigure(errors='backslashreplace')
+
+
+def drop_unwritten():
+    """Gives up text that cannot be written: Python would try again at its end, and complain."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, stream.fileno())
+            os.close(devnull)
 
 
 @contextlib.contextmanager
-def exit_on_bad_input(after_interrupt=str):
-    """Prints a sentence instead of a traceback for whatever but a mistake in this code ends it.
+def end_on_signals(resume_hint=None):
+    """Makes Ctrl-C and SIGTERM end this process at once, with status 130 and 143.
 
-    That is bad input, unreadable files, missing packages and lack of memory, with exit status 2;
-    and Ctrl-C (130) and SIGTERM (143, as shells have it), followed by what after_interrupt()
-    returns.
+    An exception that a handler raises is lost in a destructor or a callback, and the run would go
+    on. Files are written whole, so nothing is lost by an end at any moment. resume_hint(): what to
+    add to the message, or None.
+
+    A notebook keeps its own way to interrupt, and so does a thread, which cannot have handlers.
+    SIGTERM keeps its default effect under torchrun, which sends it to processes that wait for each
+    other outside of Python.
     """
-    for stream in (sys.stdout, sys.stderr):
-        # Names of files need not be UTF-8, and are printed all the same.
-        stream.reconfigure(errors='backslashreplace')
+    before = {}
+    process = os.getpid()
 
-    def stop(number, frame):
-        raise KeyboardInterrupt(number)
+    def end(number, frame):
+        if os.getpid() != process:
+            # A helper that was forked a moment ago has nothing to say.
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        end_by_signal(number, resume_hint)
 
-    # torchrun stops its processes itself, and one that waits for another one could not answer.
-    handler = signal.getsignal(signal.SIGTERM)
-    if 'TORCHELASTIC_RUN_ID' not in os.environ:
-        signal.signal(signal.SIGTERM, stop)
+    if owns_the_process():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            under_torchrun = number == signal.SIGTERM and 'TORCHELASTIC_RUN_ID' in os.environ
+            # In the background of a script, Ctrl-C is ignored.
+            if signal.getsignal(number) != signal.SIG_IGN and not under_torchrun:
+                before[number] = signal.signal(number, end)
     try:
         yield
-    except KeyboardInterrupt as interrupt:
-        terminated = interrupt.args == (signal.SIGTERM,)
-        name = 'SIGTERM' if terminated else 'Ctrl-C'
-        print(f'\nstopped by {name}{after_interrupt()}', file=sys.stderr)
-        sys.exit(143 if terminated else 130)
-    except Exception as error:
-        if process_rank() and re.search('Connection (closed|reset) by peer', str(error)):
-            sys.exit(2)  # the first process has said why
-        message = sentence(error)
-        if message is None:
-            raise
-        print(f'error: {message}', file=sys.stderr)
-        sys.exit(2)
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def owns_the_process():
+    """Returns whether this is the main thread of a command, neither a notebook nor a prompt."""
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    return is_main_thread and not hasattr(sys, 'ps1')
+
+
+def end_by_signal(number, resume_hint):
+    """Ends this process and its helpers with a line on standard error, without any clean-up."""
+    try:
+        # Neither a second signal nor the end of a helper may interrupt this.
+        for name in ('SIGINT', 'SIGTERM', 'SIGCHLD'):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
+        # Killed before this process ends, or they would complain that nobody takes their data.
+        for helper in multiprocessing.active_children():
+            helper.kill()
+        for path in unfinished_files:
+            with contextlib.suppress(OSError):
+                os.remove(path)
+        if process_rank() == 0:
+            name = 'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'
+            hint = resume_hint() if resume_hint else ''
+            # print may have been interrupted, and cannot be entered twice.
+            os.write(2, f'\nstopped by {name}{hint}\n'.encode(errors='backslashreplace'))
+    finally:
+        os._exit(128 + number)
+
+
+# What PyTorch's errors say if memory is too small for a step.
+MEMORY = "out of memory|ALLOC_FAILED|can't allocate memory"
+
+# What is wrong with the machine rather than with this code.
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 def sentence(error):
-    """What to tell people of an exception; None where it is a mistake in this code."""
+    """Returns what to tell people of an exception; None for a mistake in this code."""
     if isinstance(error, BadInput):
         # From a worker process the error comes wrapped in the worker's traceback.
         return str(error).rpartition('BadInput: ')[2].strip()
@@ -989,18 +1127,73 @@ def sentence(error):
         return f'the package {error.name} is needed for this: pip install {error.name}'
     if isinstance(error, OSError) and error.filename is not None:
         return f'{error.filename}: {error.strerror}'
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return f'{error.strerror} (standard output, a file or a pipe of this process)'
     if isinstance(error, ValueError) and 'embedded null byte' in str(error):
         return 'a path has a byte 0 in it, which no file name has'
     if isinstance(error, MemoryError):
         return f'{summary(error)}\nUse a smaller --batch_size, or shorter crops.'
-    if isinstance(error, RuntimeError):
-        for sign, remedy in MEMORY.items():
-            if re.search(sign, str(error)):
-                return f'{summary(error)}\n{remedy}'
+    if isinstance(error, RuntimeError) and re.search(MEMORY, str(error)):
+        return f'{summary(error)}\nUse a smaller --batch_size, or --accumulate.'
     return None
 
 
 def summary(error):
-    """The first line of a library's error, or its type where it has none."""
+    """Returns the first line of a library's error, or its type if it has none."""
     lines = str(error).splitlines() or [type(error).__name__]
     return lines[0][:200]
+
+
+def why_helpers_died(resume_hint):
+    """Returns how a process that loads data died, and what to do; None if all are well.
+
+    This asks the processes, as PyTorch's wording changes. Ends the command if somebody stopped a
+    helper: SIGTERM to a whole job may reach helpers first.
+    """
+    # One that has just closed its pipes may need a moment to end.
+    multiprocessing.connection.wait([helper.sentinel for helper in helpers], timeout=1)
+    codes = {helper.exitcode for helper in helpers} - {None, 0}
+    if not codes:
+        return None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if -number in codes and owns_the_process():
+            end_by_signal(number, resume_hint)
+    code = min(codes)
+    if code > 0:
+        return f'a loading process ended with status {code}; the lines above say why'
+    name = signal.Signals(-code).name
+    how = f'a loading process was ended by {name}'
+    if name == 'SIGKILL':
+        return f'{how}: memory is short, most likely; use a smaller --n_cpu'
+    if name == 'SIGBUS':
+        return f'{how}: shared memory is full, most likely; {MORE_SHARED_MEMORY}'
+    return f'{how}: a library failed; --n_cpu 0 reads in this process and shows where'
+
+
+MORE_SHARED_MEMORY = 'use a smaller --n_cpu, or give more (docker run --shm-size 8g)'
+
+
+def why_not_together(error):
+    """Returns what to say if an exchange with other processes failed; None for another error."""
+    if process_count() == 1 or not isinstance(error, RuntimeError):
+        return None
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    # Batch norm exchanges its gradients within the backward pass, which is PyTorch's last frame.
+    exchanging = ('distributed', '_functional_collectives.py', 'graph.py')
+    parts = {part for file in files for part in file.split(os.sep)}
+    if not parts.intersection(exchanging):
+        return None
+    return (
+        f'another process of this training has ended, or has not answered for {TIMEOUT / 60:.0f} '
+        f'minutes ({summary(error)}); torchrun names it'
+    )
+
+
+def is_first_to_tell():
+    """Returns whether no other process that trains with this one has told of an error."""
+    if common_store is None:
+        return True
+    try:
+        return common_store.add('told', 1) == 1
+    except RuntimeError:
+        return True  # the process that holds the store has ended

@@ -128,9 +128,10 @@ def make_parser():
 
 def main(argv=None):
     """Runs the command; exit status 2, with a sentence, for input that cannot be used."""
-    args = make_parser().parse_args(argv)
-    args.command = tools.command_of('trainECAPAModel.py', argv)
-    with tools.exit_on_bad_input(after_interrupt=lambda: resume_hint(args)):
+    args = None
+    with tools.lossy_log(), tools.exit_on_bad_input(lambda: resume_hint(args)):
+        args = make_parser().parse_args(argv)
+        args.command = tools.command_of('trainECAPAModel.py', argv)
         join_processes(args)
         facts = tools.provenance(args.command)
         versions = ', '.join(f'{name} {version}' for name, version in facts['versions'].items())
@@ -208,6 +209,7 @@ def prepare(args):
                 dataset, trials[0], args.eval_path, args.check, args.n_cpu, args.max_bad
             )
     identity = run_identity(system, dataset, trials, args)
+    compare_processes({**identity, 'max_epoch': args.max_epoch}, args)
     return Run(dataset, loader, trials, system, initial_weights, identity)
 
 
@@ -261,6 +263,12 @@ def evaluate(args):
         if process_rank() == 0:
             dataLoader.check_audio(paths, '--eval_list')
         cohort_files, top_n, subtract_mean = dataLoader.choose_normalisation(args)
+    names = ('score_norm', 'top_n', 'cohort_utterances', 'subtract_mean', 'seed')
+    facts = {name: getattr(args, name) for name in names}
+    facts['initial_model'] = f'SHA-256 {checkpoint["sha256"][:16]}'
+    facts['precision'] = system.precision
+    facts['eval_list'] = digests(trial_lists)
+    compare_processes(facts, args)
 
     cohort = load_cohort(system, checkpoint, cohort_files)
     results = system.score_lists(paths, trial_lists, cohort, top_n, subtract_mean)
@@ -480,11 +488,38 @@ def run_identity(system, dataset, trials, args):
 
     # What the lists and folders contain.
     identity['train_list'] = f'SHA-256 {dataset.list_sha256[:16]}'
-    identity['eval_list'] = ' '.join(f'SHA-256 {one.sha256[:16]}' for one in trials[1])
+    identity['eval_list'] = digests(trials[1])
     counts = [f'{len(files.paths)}/{files.pieces[-1]}' for files in dataset.noises.values()]
     identity['musan_path'] = f'files/pieces {" ".join(counts)}'
     identity['rir_path'] = f'{len(dataset.rirs)} files'
     return identity
+
+
+def digests(trial_lists):
+    """Returns a text that tells trial lists from others by their content."""
+    return ' '.join(f'SHA-256 {trials.sha256[:16]}' for trials in trial_lists)
+
+
+def compare_processes(options, args):
+    """Raises BadInput if the processes that train together differ in {option: value} or commit.
+
+    With other seeds or lists on one of two machines the training would go on, silently wrong.
+    """
+    facts = {f'--{name}': value for name, value in options.items()}
+    facts['commit'] = tools.provenance(args.command)['commit']
+    everyone = tools.gather([facts])
+    differences = []
+    for name, value in facts.items():
+        others = [other[name] for other in everyone if other[name] != value]
+        if others:
+            differences.append(f'{name}: {value} and {others[0]}')
+    if differences:
+        lines = ['the processes of this training do not have the same:', *differences]
+        lines.append(
+            'Give all machines one command, one checkout, the same lists, and a --save_path that '
+            'all of them see.'
+        )
+        raise BadInput('\n'.join(lines))
 
 
 def resume_or_begin(run, args):
@@ -523,13 +558,7 @@ def resume_or_begin(run, args):
         for tensor in system.state_dict().values():
             dist.broadcast(tensor, 0)
     done = done or Done()
-    seen = set(tools.gather([(done.epoch, done.loss is not None, len(scores))]))
-    if len(seen) > 1:
-        epochs = sorted(facts[0] for facts in seen)
-        raise BadInput(
-            f'--save_path {args.save_path}: the processes see different checkpoints, after epochs '
-            f'{epochs}; it must be one folder that all machines share'
-        )
+    compare_processes({'save_path': f'epoch {done.epoch}, {len(scores)} scores'}, args)
     return done, scores
 
 
@@ -646,8 +675,11 @@ def save_bad_batch(error, loader, args):
 
 
 def resume_hint(args):
-    """Returns a hint for an interrupted run: after which epoch the same command continues."""
-    if args.eval or args.check:
+    """Returns what to say of an interrupted training: from which epoch the same command continues.
+
+    args: None before the options are read.
+    """
+    if args is None or args.eval or args.check:
         return ''
     epochs = saved_models(os.path.join(args.save_path, 'model')).values()
     return f': the same command continues after epoch {max(epochs, default=0)}, the last saved'
@@ -657,50 +689,80 @@ def resume_hint(args):
 
 
 def join_processes(args):
-    """Joins the processes that torchrun started, each on a GPU of its own where there are GPUs.
+    """Joins the processes that torchrun started, each on its own GPU if there are GPUs.
 
-    Raises BadInput for a device, or a number of processes, that does not go with that.
+    Raises BadInput for a device, or a number of processes, that does not go with that; and if
+    something else than torchrun started several processes, each of which would train alone.
     """
     if 'TORCHELASTIC_RUN_ID' not in os.environ:
+        refuse_other_launchers()
         return
-    local_rank = int(os.environ['LOCAL_RANK'])
+    tools.common_store, rank, size = torchrun_store()
     on_gpu = args.device != 'cpu' and torch.cuda.is_available()
-    refusal = refuse_gpus(args, on_gpu)
-    if refusal:
-        # The first process says it for all.
-        raise SystemExit(2) if local_rank else BadInput(refusal)
+    refuse_gpus(args, on_gpu)
 
     backend = 'gloo'
     gpu = None
     if on_gpu:
         backend = 'nccl'
-        gpu = torch.device('cuda', local_rank)
+        gpu = torch.device('cuda', int(os.environ['LOCAL_RANK']))
         torch.cuda.set_device(gpu)
-    # The others wait while the first goes through the files, an hour for all of VoxCeleb2.
-    patience = datetime.timedelta(hours=3)
-    store, rank, size = next(dist.rendezvous('env://', timeout=patience))
-    # torchrun's own store stays after a restart: without a prefix, a process may find the address
-    # of a killed one.
-    if os.environ['TORCHELASTIC_USE_AGENT_STORE'] == 'True':
-        store = dist.PrefixStore(f'restart {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
     dist.init_process_group(
-        backend, store=store, rank=rank, world_size=size, timeout=patience, device_id=gpu
+        backend,
+        store=tools.common_store,
+        rank=rank,
+        world_size=size,
+        # A process that hangs is noticed after this. What takes longer waits at the store.
+        timeout=datetime.timedelta(seconds=tools.TIMEOUT),
+        device_id=gpu,
     )
 
 
+def torchrun_store():
+    """Returns (store of keys that all processes of torchrun see, rank, number of processes)."""
+    timeout = datetime.timedelta(seconds=tools.TIMEOUT)
+    store, rank, size = next(dist.rendezvous('env://', timeout=timeout))
+    # A store that belongs to torchrun stays after a restart: without a prefix, a process may find
+    # the address of a killed one.
+    if os.environ['TORCHELASTIC_USE_AGENT_STORE'] == 'True':
+        store = dist.PrefixStore(f'restart {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
+    return store, rank, size
+
+
+# Variables that launchers set, and their largest value for a process that is alone.
+LAUNCHERS = {
+    'RANK': 0,
+    'WORLD_SIZE': 1,
+    'SLURM_NTASKS': 1,
+    'OMPI_COMM_WORLD_SIZE': 1,
+    'PMI_SIZE': 1,
+}
+
+
+def refuse_other_launchers():
+    """Raises BadInput if something else than torchrun started several processes."""
+    for name, largest in LAUNCHERS.items():
+        value = os.environ.get(name, '')
+        if value.isdecimal() and int(value) > largest:
+            raise BadInput(
+                f'{name}={value} in the environment: several processes, which would train alone '
+                'each. Start them with torchrun (README.md, "Many GPUs"; under srun, one torchrun '
+                f'for each machine). If this is the only process: unset {name}'
+            )
+
+
 def refuse_gpus(args, on_gpu):
-    """Why torchrun's processes cannot share this machine's devices; None if they can."""
+    """Raises BadInput if torchrun's processes cannot share this machine's devices."""
     if args.device.startswith('cuda:'):
-        return (
-            f'--device {args.device}: under torchrun every process takes a GPU of its own; leave '
+        raise BadInput(
+            f'--device {args.device}: under torchrun every process takes its own GPU; leave '
             '--device out'
         )
     count = torch.cuda.device_count()
     if on_gpu and int(os.environ['LOCAL_WORLD_SIZE']) > count:
-        return (
+        raise BadInput(
             f'torchrun: this machine has {count} GPUs, so --nproc_per_node must be at most {count}'
         )
-    return None
 
 
 if __name__ == '__main__':

@@ -2,8 +2,10 @@
 
 import datetime
 import os
+import re
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -222,10 +224,16 @@ def test_a_check_goes_through_the_files_once(tree, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     'option, value, words',
-    [('eval_list', 'none.txt', '--eval_list'), ('n_class', 2, '--n_class 2')],
+    [
+        ('eval_list', 'none.txt', '--eval_list'),
+        ('n_class', 2, '--n_class 2'),
+        ('lr', 0.5, '--lr 0.5 (was'),
+    ],
 )
 def test_what_is_wrong_is_said_once(tree, tmp_path, option, value, words):
-    options = {**SMALL, **tree}
+    options = {**SMALL, **tree, 'max_epoch': 1}
+    if option == 'lr':
+        trainECAPAModel.main(command_line(**options))
     options[option] = value
     launcher = torchrun(COMMAND, *command_line(**options), cwd=tmp_path)
     assert launcher.returncode != 0
@@ -240,11 +248,16 @@ def test_a_batch_that_cannot_be_divided_is_refused(tree, monkeypatch):
 
 
 def test_machines_that_do_not_share_the_folder_are_told(tree, monkeypatch, capsys):
-    monkeypatch.setattr('tools.gather', lambda starts: [*starts, (7, True)])
+    def two_machines(items):
+        (facts,) = items
+        return [facts, {**facts, '--save_path': 'epoch 7, 7 scores'}]
+
+    monkeypatch.setattr('tools.gather', two_machines)
     with pytest.raises(SystemExit) as stop:
         trainECAPAModel.main(command_line(**SMALL, **tree))
     assert stop.value.code == 2
-    assert 'after epochs [0, 7]' in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert '--save_path: epoch 0, 0 scores and epoch 7, 7 scores' in message
     assert not os.listdir(Path(tree['save_path'], 'model'))
 
 
@@ -264,6 +277,7 @@ def launched(monkeypatch):
     monkeypatch.setattr('torch.cuda.set_device', lambda gpu: None)
     store = torch.distributed.HashStore()
     monkeypatch.setattr('torch.distributed.rendezvous', lambda url, timeout: iter([(store, 1, 2)]))
+    monkeypatch.setattr('tools.common_store', None)
     joined = {}
 
     def init_process_group(backend, **options):
@@ -277,7 +291,7 @@ def test_each_process_takes_its_gpu_and_each_restart_its_own_keys(launched, monk
     join_processes(Namespace(device='auto'))
     assert launched['backend'] == 'nccl'
     assert launched['device_id'] == torch.device('cuda', 1)
-    assert launched['timeout'] >= datetime.timedelta(hours=1)
+    assert datetime.timedelta(minutes=2) < launched['timeout'] < datetime.timedelta(minutes=20)
 
     launched['store'].set('address', 'of a process that is killed')
     monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '4')
@@ -290,14 +304,92 @@ def test_each_process_takes_its_gpu_and_each_restart_its_own_keys(launched, monk
 )
 def test_a_gpu_is_not_shared(launched, monkeypatch, device, gpus, words):
     monkeypatch.setattr('torch.cuda.device_count', lambda: gpus)
-    with pytest.raises(SystemExit) as stop:
-        join_processes(Namespace(device=device))
-    assert stop.value.code == 2, 'the second process says nothing'
-
-    monkeypatch.setenv('LOCAL_RANK', '0')
     with pytest.raises(BadInput, match=words):
         join_processes(Namespace(device=device))
     assert not launched
+
+
+@pytest.mark.parametrize(
+    'name, value', [('RANK', '1'), ('WORLD_SIZE', '2'), ('SLURM_NTASKS', '8'), ('PMI_SIZE', '4')]
+)
+def test_processes_that_torchrun_did_not_start_are_refused(tree, monkeypatch, capsys, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        trainECAPAModel.main(command_line(**SMALL, **tree))
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert f'{name}={value}' in message and 'torchrun' in message
+    assert not Path(tree['save_path']).exists()
+
+
+def test_a_process_alone_may_have_the_variables_of_a_launcher(monkeypatch):
+    for name, value in {'RANK': '0', 'WORLD_SIZE': '1', 'SLURM_NTASKS': '1'}.items():
+        monkeypatch.setenv(name, value)
+    join_processes(Namespace(device='cpu'))
+
+
+# Runs the command, after a process of its own has had its options changed.
+UNLIKE = """
+import os, sys, time
+from pathlib import Path
+import tools, trainECAPAModel
+
+FACTS = tools.provenance('command')
+arguments = sys.argv[1:]
+if os.environ['RANK'] == '1':
+    exec(Path('unlike.py').read_text())
+trainECAPAModel.main(arguments)
+"""
+
+
+def run_unlike(tree, folder, change, *flags, **options):
+    """The command in two processes, of which the second one executes `change` first."""
+    (folder / 'two.py').write_text(UNLIKE)
+    (folder / 'unlike.py').write_text(change)
+    return torchrun(
+        folder / 'two.py', *flags, *command_line(**{**SMALL, **tree, **options}), cwd=folder
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        ('arguments += ["--seed", "77"]', '--seed: 10 and 77|--seed: 77 and 10'),
+        ('arguments += ["--train_list", "other.txt"]', '--train_list: SHA-256'),
+        ('tools.provenance = lambda command: {**FACTS, "commit": "old"}', 'commit: '),
+    ],
+)
+def test_processes_that_were_not_started_alike_are_refused_once(tree, tmp_path, change, words):
+    lines = Path(tree['train_list']).read_text().splitlines(keepends=True)
+    (tmp_path / 'other.txt').write_text(''.join(lines[:-2]))
+    if 'commit' in change:
+        change = (
+            'tools.provenance = lambda command: {"command": "", "commit": "old", "versions": {}}'
+        )
+    launcher = run_unlike(tree, tmp_path, change)
+    assert launcher.returncode != 0
+    assert len(re.findall(words, launcher.stderr)) == 1, launcher.stderr
+    assert 'trainECAPAModel.py", line' not in launcher.stderr
+    assert not os.listdir(Path(tree['save_path'], 'model'))
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_noticed(tree, tmp_path):
+    """It sleeps in its first step; the other one waits no longer than the limit, here 8 s."""
+    change = (
+        'import ECAPAModel\n'
+        'ECAPAModel.ECAPAModel.train_step = lambda self, audio, labels: time.sleep(1000)\n'
+    )
+    script = UNLIKE.replace('arguments =', 'tools.TIMEOUT = 8\narguments =')
+    (tmp_path / 'two.py').write_text(script)
+    (tmp_path / 'unlike.py').write_text(change)
+    begin = time.monotonic()
+    launcher = torchrun(tmp_path / 'two.py', *command_line(**SMALL, **tree), cwd=tmp_path)
+    assert time.monotonic() - begin < 100
+    assert launcher.returncode != 0
+    assert launcher.stderr.count('error: another process') == 1, launcher.stderr
+    assert 'trainECAPAModel.py", line' not in launcher.stderr
 
 
 if __name__ == '__main__':

@@ -223,31 +223,6 @@ def test_a_second_run_is_refused_and_a_signal_ends_the_first(tree, capsys, numbe
     assert f'stopped by {name}: the same command continues after epoch {saved}' in message
 
 
-@pytest.mark.parametrize('prepared', [False, True])
-def test_a_worker_is_quiet_where_nobody_takes_its_batch(prepared):
-    """Its process hangs up in the middle of the greeting; without our preparation it is loud."""
-    script = f"""
-import os, socket, sys, time
-from multiprocessing import resource_sharer
-from dataLoader import ignore_interrupts
-
-if {prepared}:
-    ignore_interrupts(0)
-batch = resource_sharer.DupFd(os.dup(1))
-for _ in range(5):
-    caller = socket.socket(socket.AF_UNIX)
-    caller.connect(batch._id[0])
-    caller.close()
-time.sleep(0.5)
-sys.excepthook(ValueError, ValueError('a mistake'), None)
-"""
-    command = [sys.executable, '-c', script]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0
-    assert ('resource_sharer' in done.stderr) == (not prepared)
-    assert 'ValueError: a mistake' in done.stderr
-
-
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_at_any_moment_leaves_whole_files(tmp_path, number):
     """Sixty of them, at random moments of writing a checkpoint again and again."""
@@ -632,7 +607,6 @@ if __name__ == '__main__':
         ('CUDA out of memory', '--accumulate'),
         ('CUBLAS_STATUS_ALLOC_FAILED', '--batch_size'),
         ("can't allocate memory", '--accumulate'),
-        ('DataLoader worker (pid 7) is killed', '--shm-size'),
     ],
 )
 def test_too_little_memory_gets_a_sentence(capsys, sign, remedy):
