@@ -1,12 +1,12 @@
-"""Writes the mean of checkpoints, which is scored like any other and often better than each.
+"""Averages checkpoints of one run; the mean is often better than each of them.
 
     python -m exps.average exps/exp1/model --last 10 --out exps/exp1/average.model
     python -m exps.average exps/exp1/model/model_0070.model exps/exp1/model/model_0080.model \
         --out two.model
 
-The mean of the weights that one training run passed through at its end (stochastic weight
-averaging, Izmailov et al., UAI 2018); batch norms' means and variances are averaged too, their
-counts are those of the last.
+This is stochastic weight averaging (Izmailov et al., UAI 2018). The running means and variances of
+batch norms are averaged too; their counts are those of the last checkpoint. The result is scored
+like any other checkpoint.
 """
 
 import argparse
@@ -20,13 +20,13 @@ from tools import BadInput, exit_on_bad_input, write_whole
 
 
 def main(argv=None):
-    """Writes the mean; exit status 2, with a sentence, for checkpoints that cannot be averaged."""
+    """Runs the command; checkpoints that cannot be averaged end it with exit status 2."""
     parser = argparse.ArgumentParser(
         prog='python -m exps.average', description='Average checkpoints of one run.'
     )
     add = parser.add_argument
     add('models', nargs='+', help='checkpoints, or the folder model/ of a run')
-    add('--last', type=int, default=10, help='of a folder: how many of its newest (default: 10)')
+    add('--last', type=int, default=10, help='how many of the newest in the folder (default: 10)')
     add('--out', required=True, help='checkpoint to write')
     args = parser.parse_args(argv)
     with exit_on_bad_input():
@@ -34,9 +34,9 @@ def main(argv=None):
 
 
 def average(models, last, out):
-    """Writes to `out` the mean of checkpoints, or of the `last` newest of a folder.
+    """Writes the mean of checkpoints, or of the `last` newest checkpoints of a folder, to `out`.
 
-    Raises BadInput where they differ, or `out` is there.
+    Raises BadInput if their tensors differ in shape, or if `out` exists.
     """
     if os.path.exists(out):
         raise BadInput(f'--out {out} is there already; remove it or choose another name')
@@ -49,10 +49,10 @@ def average(models, last, out):
         raise BadInput('MODELS: names a checkpoint twice, which would count twice')
 
     total = {}
-    expected = kinds(read_checkpoint(paths[0])[0])
+    expected = tensor_specs(read_checkpoint(paths[0])[0])
     for path in paths:
         weights, _ = read_checkpoint(path)
-        if kinds(weights) != expected:
+        if tensor_specs(weights) != expected:
             raise BadInput(
                 f'{path}: has other tensors than {paths[0]}; only checkpoints of one run can be '
                 'averaged'
@@ -68,15 +68,15 @@ def average(models, last, out):
 
 
 def newest(folder, count):
-    """Paths of the `count` newest checkpoints of a folder, the oldest first."""
+    """Returns the paths of the `count` newest checkpoints of a folder, the oldest first."""
     paths = list(saved_models(folder))
     if not 0 < count <= len(paths):
         raise BadInput(f'{folder}: holds {len(paths)} checkpoints, --last is {count}; choose fewer')
     return paths[:count][::-1]
 
 
-def kinds(weights):
-    """{name: (shape, type)} of a state dict."""
+def tensor_specs(weights):
+    """Returns {name: (shape, type)} of a state dict."""
     return {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}
 
 

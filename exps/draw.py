@@ -35,21 +35,21 @@ def draw_curves(path, curves):
 
 
 def label_of_minor_tick(value, _):
-    """The number at 2, 3 and 5 of each decade, and nothing elsewhere."""
+    """Returns the number at 2, 3 and 5 of each decade, and nothing elsewhere."""
     first_digit = f'{value:e}'[0]
     return f'{value:g}' if first_digit in '235' else ''
 
 
 def draw_det(path, experiments):
-    """Draws DET curves of {name: (scores (N,), labels (N,))} to a PNG.
+    """Draws DET curves (Martin et al., Eurospeech 1997) to a PNG.
 
-    The curves are those of Martin et al., Eurospeech 1997.
+    experiments: {name: (scores (N,), labels (N,))}.
     """
     figure, axes = pyplot.subplots(figsize=(6, 6), layout='constrained')
     lowest = 0.5
     for name, (scores, labels) in experiments.items():
         plot_det(axes, name, scores, labels)
-        # Fewer than one error of either kind cannot be seen.
+        # The axes end at half an error: fewer than one cannot be seen.
         targets = labels.sum()
         fewest = min(targets, len(labels) - targets)
         lowest = min(lowest, max(0.5 / fewest, 1e-4))
@@ -86,7 +86,7 @@ def plot_det(axes, name, scores, labels):
 def draw_intervals(path, rows):
     """Draws EERs with bars of their intervals to a PNG.
 
-    rows: {row: {series: (EER, (low, high))}} in percent. A series has its colour in all rows.
+    rows: {row: {series: (EER, (low, high))}} in percent. A series has the same colour in all rows.
     """
     every_series = list(dict.fromkeys(name for bars in rows.values() for name in bars))
     size = (7, 1 + (0.25 + 0.15 * len(every_series)) * len(rows))

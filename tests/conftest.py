@@ -1,10 +1,10 @@
-"""What the tests share: the reference's numbers, weights and waves by formula, small corpora."""
+"""Shared by the tests: the reference's numbers, weights and waves by formula, small corpora."""
 
 import os
 import zlib
 from pathlib import Path
 
-# Small networks gain nothing from threads, which wait for each other where tests share processors.
+# Small networks gain nothing from threads, and threads wait for each other if tests share cores.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import numpy as np
@@ -43,7 +43,7 @@ def portable():
 
 @pytest.fixture(scope='module')
 def short_crops():
-    """Evaluation crops of 0.3 s instead of 3 s, for tests whose subject is something else."""
+    """Makes evaluation crops 0.3 s long instead of 3 s, for tests of something else."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('dataLoader.EVAL_CROP', 4800)
         patch.setattr('plain.EVAL_CROP', 4800)
@@ -51,7 +51,7 @@ def short_crops():
 
 
 def wave(number, samples):
-    """A pulse-like tone with noise, float32 (samples,): what portable.npz was computed on."""
+    """Returns a pulse-like tone with noise, float32 (samples,), the input of portable.npz."""
     random = np.random.RandomState(number)
     t = np.arange(samples) / 16000
     pitch = 100 + 20 * number
@@ -65,13 +65,13 @@ def wave(number, samples):
 
 
 def make_system(C=8, n_class=4, **options):
-    """ECAPAModel of random weights with the published options, on the CPU."""
+    """Makes an ECAPAModel with random weights and the published options, on the CPU."""
     published = dict(lr=0.001, lr_decay=0.97, m=0.2, s=30, test_step=1, device='cpu')
     return ECAPAModel(C=C, n_class=n_class, **{**published, **options})
 
 
 def portable_system(C, **options):
-    """make_system() for 20 speakers without SpecAugment, every weight made from its name."""
+    """Calls make_system() for 20 speakers; weights follow from their names, SpecAugment is off."""
     system = make_system(C, 20, **options)
     for name, tensor in system.state_dict().items():
         if 'torchfbank' in name or 'num_batches_tracked' in name:
@@ -94,16 +94,13 @@ def portable_system(C, **options):
 
 
 def weights(path):
-    """State dict of a checkpoint."""
+    """Returns the state dict of a checkpoint."""
     state, _ = read_checkpoint(path)
     return state
 
 
 def write_wav(path, audio, rate=16000, subtype='FLOAT'):
-    """Writes (samples,) or (samples, channels), and the folders it needs.
-
-    Returns the path as a string.
-    """
+    """Writes (samples,) or (samples, channels), and makes the folders; returns the path (str)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, audio, rate, subtype=subtype)
@@ -112,9 +109,9 @@ def write_wav(path, audio, rate=16000, subtype='FLOAT'):
 
 @pytest.fixture
 def tree(tmp_path):
-    """A corpus of noise, for what does not depend on the sound.
+    """Makes a corpus of noise, for tests in which the sound does not matter.
 
-    A dict of the options that name its parts.
+    Returns a dict of the options that name its parts.
     """
     random = np.random.default_rng(0)
 
@@ -147,7 +144,7 @@ def tree(tmp_path):
 
 
 def trial_lines(names):
-    """Text of a trial list of all pairs of files, whose first three letters are the speaker."""
+    """Makes a trial list of all pairs of files; a name's first three letters are the speaker."""
     lines = []
     for a in names:
         for b in names:
@@ -157,7 +154,7 @@ def trial_lines(names):
 
 
 def command_line(*flags, **options):
-    """Arguments of trainECAPAModel.py from its options."""
+    """Makes the arguments of trainECAPAModel.py from its options."""
     arguments = list(flags)
     for name, value in options.items():
         arguments += [f'--{name}', str(value)]

@@ -1,7 +1,7 @@
 """Plain implementations: the obvious way to compute what the six modules compute.
 
-The tests use them as oracles and the benchmark as what to be faster than. So nothing here shares
-code with the modules, and nothing here is made fast. Audio is 16 kHz mono; embeddings have 192
+The tests use them as the truth, and the benchmark as the speed to beat. So nothing here shares code
+with the modules, and nothing here is made fast. Audio is 16 kHz mono; embeddings have 192
 dimensions.
 """
 
@@ -25,7 +25,7 @@ EVAL_CROP = 48240  # samples, 3 s
 
 
 def plain_read_train_list(train_list, train_path):
-    """Lists of every utterance's path (str) and label (int), from lines `speaker path`."""
+    """Reads lines `speaker path`; returns the paths (list of str) and the labels (list of int)."""
     with open(train_list) as file:
         lines = file.read().splitlines()
 
@@ -42,9 +42,9 @@ def plain_read_train_list(train_list, train_path):
 
 
 def plain_crop(path, length):
-    """A random crop of `length` samples from a file that is read whole: float64 (length,).
+    """Reads the whole file, and returns a random crop of it, float64 (length,).
 
-    A shorter file is wrapped to `length` samples.
+    A shorter file is repeated.
     """
     audio, _ = soundfile.read(path)
     if len(audio) < length:
@@ -55,13 +55,13 @@ def plain_crop(path, length):
 
 
 def plain_reverberate(audio, rir):
-    """audio (samples,) in the room of an impulse response (taps,), scaled to unit energy."""
+    """Convolves audio (samples,) with a room's impulse response (taps,), scaled to unit energy."""
     rir = rir / np.sqrt(np.sum(rir**2))
     return convolve(audio, rir, mode='full')[: len(audio)]
 
 
 def plain_mix(audio, noise, snr):
-    """noise (samples,), scaled to be `snr` dB below audio (samples,): the noise, not the sum."""
+    """Returns noise (samples,), scaled to be `snr` dB below audio (samples,). It adds nothing."""
     audio_db = 10 * np.log10(np.mean(audio**2) + 1e-4)
     noise_db = 10 * np.log10(np.mean(noise**2) + 1e-4)
     return np.sqrt(10 ** ((audio_db - noise_db - snr) / 10)) * noise
@@ -71,7 +71,7 @@ class PlainDataset(torch.utils.data.Dataset):
     """Random augmented crops of training utterances.
 
     An item is (FloatTensor (num_frames * 160 + 240,), int label). musan_path holds MUSAN whole or
-    in pieces: its files are read whole either way.
+    in pieces; in both cases a file is read whole.
     """
 
     def __init__(self, train_list, train_path, musan_path, rir_path, num_frames):
@@ -106,12 +106,12 @@ class PlainDataset(torch.utils.data.Dataset):
         return torch.FloatTensor(audio), self.labels[index]
 
     def add_rev(self, audio):
-        """audio (samples,) in a room drawn at random."""
+        """Returns audio (samples,) as it sounds in a random room."""
         rir, _ = soundfile.read(random.choice(self.rirs))
         return plain_reverberate(audio, rir)
 
     def add_noise(self, audio, category):
-        """audio (samples,) plus clips of a category, each at a signal-to-noise ratio of its own."""
+        """Adds clips of a category to audio (samples,), each with its own signal-to-noise ratio."""
         count = random.randint(*CLIPS[category])
         paths = random.choices(self.noises[category], k=count)
 
@@ -124,7 +124,7 @@ class PlainDataset(torch.utils.data.Dataset):
 
 
 class PlainPreEmphasis(nn.Module):
-    """y[t] = x[t] - 0.97 x[t - 1] on (B, samples), with one sample of reflection on the left."""
+    """Computes x[t] - 0.97 x[t - 1] of (B, samples), with one reflected sample on the left."""
 
     def __init__(self):
         super().__init__()
@@ -186,9 +186,9 @@ class PlainBlock(nn.Module):
 
 
 def plain_mask(x, dim, widths):
-    """SpecAugment of (B, bands, frames) along dim.
+    """Applies SpecAugment to (B, bands, frames) along dim.
 
-    Sets to zero, for each utterance, one stretch that is narrower than `widths`.
+    Sets one range, narrower than `widths`, to zero in each utterance.
     """
     size = x.shape[dim]
     mask_len = torch.randint(0, widths, (len(x), 1), device=x.device)
@@ -201,7 +201,7 @@ def plain_mask(x, dim, widths):
 
 
 class PlainECAPA(nn.Module):
-    """ECAPA-TDNN with C channels; its names are those in the published checkpoint."""
+    """ECAPA-TDNN with C channels, and the tensor names of the published checkpoint."""
 
     def __init__(self, C):
         super().__init__()
@@ -237,7 +237,7 @@ class PlainECAPA(nn.Module):
         self.bn6 = nn.BatchNorm1d(192)
 
     def forward(self, x, aug):
-        """Embeddings (B, 192) of waveforms (B, samples); aug: whether to mask the spectrogram."""
+        """Embeds waveforms (B, samples) as (B, 192); aug: whether to mask the spectrogram."""
         with torch.no_grad():
             x = torch.log(self.torchfbank(x) + 1e-6)
             x = x - torch.mean(x, dim=-1, keepdim=True)
@@ -263,7 +263,7 @@ class PlainECAPA(nn.Module):
 
 
 class PlainAAM(nn.Module):
-    """AAM-softmax of n_class speakers, over dense one-hot targets.
+    """AAM-softmax of n_class speakers, with dense one-hot targets.
 
     m: margin in radians; s: scale.
     """
@@ -276,9 +276,9 @@ class PlainAAM(nn.Module):
         nn.init.xavier_normal_(self.weight)
 
     def forward(self, x, label):
-        """Loss and top-1 accuracy in percent of embeddings (B, 192) and labels (B,).
+        """Returns the loss and the accuracy in percent of embeddings (B, 192) and labels (B,).
 
-        Both are of the logits with the margin.
+        Both are those of the logits with the margin.
         """
         cosine = F.linear(F.normalize(x), F.normalize(self.weight))
         sine = torch.sqrt((1 - cosine**2).clamp(0, 1))
@@ -297,10 +297,10 @@ class PlainAAM(nn.Module):
 
 
 def plain_train_step(encoder, classifier, optimiser, audio, labels):
-    """One step on waveforms (B, samples) and labels (B,): (loss, accuracy in percent).
+    """Takes one step on waveforms (B, samples) and labels (B,).
 
-    Both numbers are read back from the device. On a GPU the convolutions use TF32 and the matrix
-    products do not, which is PyTorch's default.
+    Returns the loss and the accuracy in percent, both read back from the device. On a GPU the
+    convolutions use TF32 and the matrix products do not, which is PyTorch's default.
     """
     optimiser.zero_grad()
     loss, accuracy = classifier(encoder(audio, aug=True), labels)
@@ -310,7 +310,7 @@ def plain_train_step(encoder, classifier, optimiser, audio, labels):
 
 
 def plain_read_trials(eval_list, eval_path):
-    """Labels (list of int) and pairs of paths of lines `label enrolment test`."""
+    """Reads lines `label enrolment test`; returns labels (list of int) and pairs of paths."""
     labels = []
     trials = []
     with open(eval_list) as lines:
@@ -323,9 +323,9 @@ def plain_read_trials(eval_list, eval_path):
 
 @torch.no_grad()
 def plain_embed(encoder, paths):
-    """{path: unit embeddings of the whole file (1, 192) and of its five 3 s crops (5, 192)}.
+    """Embeds the paths, file by file.
 
-    Goes through the paths file by file.
+    Returns {path: unit embeddings of the whole file (1, 192) and of its five 3 s crops (5, 192)}.
     """
     encoder.eval()
     device = next(encoder.parameters()).device
@@ -348,7 +348,7 @@ def plain_embed(encoder, paths):
 
 
 def plain_scores(embeddings, trials):
-    """The trials' scores, a list.
+    """Returns the scores of the trials, a list.
 
     A score is half the cosine of the whole files plus half the mean cosine of the 25 pairs of
     crops.
@@ -364,7 +364,7 @@ def plain_scores(embeddings, trials):
 
 
 def plain_error_rates(scores, labels):
-    """Lists of miss rates, false-alarm rates and thresholds, by ascending score."""
+    """Returns lists of miss rates, false-alarm rates and thresholds, by ascending score."""
     ranked = sorted(zip(scores, labels), key=itemgetter(0))
     targets = sum(int(label) for _, label in ranked)
     nontargets = len(ranked) - targets
@@ -384,7 +384,7 @@ def plain_error_rates(scores, labels):
 
 
 def plain_min_dcf(fnrs, fprs, thresholds, p_target, c_miss=1, c_fa=1):
-    """Smallest normalised detection cost, and the threshold it is at."""
+    """Returns the smallest normalised detection cost, and its threshold."""
     smallest = float('inf')
     best = None
     for fnr, fpr, threshold in zip(fnrs, fprs, thresholds):
@@ -432,10 +432,11 @@ def plain_exact_min_dcf(scores, labels, p_target):
 
 
 def plain_replicate(scores, labels, speakers, counts):
-    """plain_figures of trials that are there as often as their speakers (N, 2) were drawn.
+    """Returns plain_figures of trials that are repeated as often as their speakers were drawn.
 
-    counts: how often each speaker was. A target trial is there once for each time that its speaker
-    was drawn, another one once for each pair of draws of its two speakers.
+    speakers: (N, 2), of each trial; counts: how often each speaker was drawn. A target trial counts
+    once for each time that its speaker was drawn. A non-target trial counts once for each pair of
+    draws of its two speakers.
     """
     repeated_scores = []
     repeated_labels = []
@@ -449,6 +450,6 @@ def plain_replicate(scores, labels, speakers, counts):
 
 
 def plain_figures(scores, labels):
-    """(EER in percent, minDCF at p_target 0.01, minDCF at p_target 0.05)."""
+    """Returns (EER in percent, minDCF at p_target 0.01, minDCF at p_target 0.05)."""
     costs = [plain_exact_min_dcf(scores, labels, p_target) for p_target in (0.01, 0.05)]
     return plain_eer(scores, labels), *costs
