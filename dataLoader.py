@@ -6,12 +6,14 @@ All audio is 16 kHz and mono, as float32 in [-1, 1].
 import codecs
 import contextlib
 import errno
+import filecmp
 import functools
 import io
 import math
 import multiprocessing
 import multiprocessing.util
 import os
+import posixpath
 import random
 import re
 import shutil
@@ -42,6 +44,7 @@ from tools import (
     number_speakers,
     process_count,
     process_rank,
+    read_bytes,
     refuse_unknown,
     say,
     sentence,
@@ -1342,9 +1345,9 @@ class TrialList(NamedTuple):
     """A trial list, and which files it needs.
 
     labels: int8 (N,), 1 for the same speaker; pairs: int32 (N, 2), enrolment and test, indices into
-    `names`, the models and files as the list names them; rows: for each name in turn, the numbers
-    of its files among all files; name i begins at starts[i]; speakers: int (N, 2), numbers of the
-    two speakers of each trial, None where they are not known, and then why.
+    `names`, the models and files as the list names them; files_of_side: for each name, the numbers
+    of its files among all files; speakers: int (N, 2), numbers of the two speakers of each trial,
+    None if they are not known, and then why.
     """
 
     path: str
@@ -1352,22 +1355,19 @@ class TrialList(NamedTuple):
     labels: np.ndarray
     pairs: np.ndarray
     names: list
-    rows: np.ndarray
-    starts: np.ndarray
+    files_of_side: list
     speakers: np.ndarray | None
     why_no_speakers: str
 
     def speaker_count(self):
-        """How many speakers there are, None where that is not known."""
+        """How many speakers there are, None if that is not known."""
         return None if self.speakers is None else int(self.speakers.max()) + 1
 
     def mean(self, values):
         """For each name, the mean over its files of values (files, ...)."""
-        if len(self.starts) == len(self.rows):
-            return values[self.rows]
-        counts = np.diff(self.starts, append=len(self.rows)).astype(values.dtype)
-        counts = counts.reshape(-1, *[1] * (values.ndim - 1))
-        return np.add.reduceat(values[self.rows], self.starts) / counts
+        if max(map(len, self.files_of_side)) == 1:
+            return values[[files[0] for files in self.files_of_side]]
+        return np.stack([values[files].mean(axis=0) for files in self.files_of_side])
 
 
 def read_train_list(path):
@@ -1428,79 +1428,110 @@ def read_models(path):
     return models, content
 
 
-def read_trials(path, folder, models, enrolments, rows_of_files, speaker=''):
+def read_trials(path, folder, models, enrolments, numbers_of_files, speaker=''):
     """Reads one trial list; adds its files, with their numbers, to {file: number}."""
     require(os.path.isdir, folder, '--eval_path')
     content = read_list(path, '--eval_list')
     label_at = find_label(content, models, path)
     fault = functools.partial(trial_fault, label_at=label_at, models=models)
 
+    # The trials, whose two sides are models or files.
     labels = array('b')
     pairs = array('i')
     sides = {}  # {(whether it is a model, name): its number}
     for fields in split_lines(content, path, '--eval_list', fault):
         labels.append(LABELS[fields.pop(label_at)])
         enrolment, test = fields
-        # A model may be called as a file is.
+        # A model and a file may have the same name.
         pairs.append(sides.setdefault((bool(models), enrolment), len(sides)))
         pairs.append(sides.setdefault((False, test), len(sides)))
     if min(labels) == max(labels):
         raise BadInput(
             f'--eval_list: {path}: needs trials of both kinds, 1 and 0, for an error rate'
         )
-
     labels = np.array(labels)
     pairs = np.array(pairs).reshape(-1, 2)
+    names = [os.fsdecode(name) for _, name in sides]
 
-    rows = array('i')
-    starts = []
+    # The files of each side.
     utterances = []
     for is_model, name in sides:
-        starts.append(len(rows))
-        for utterance in models[name] if is_model else [name]:
-            utterances.append(os.fsdecode(utterance))
-            file = os.path.join(folder, utterances[-1])
-            rows.append(rows_of_files.setdefault(file, len(rows_of_files)))
+        listed = models[name] if is_model else [name]
+        utterances.append([os.fsdecode(utterance) for utterance in listed])
+    files_of_side = [number_files(own, folder, numbers_of_files) for own in utterances]
 
-    speakers_of_files = speakers_of(utterances, speaker)
-    speakers = []  # of each side, None for a model of several
-    for start, end in zip(starts, [*starts[1:], len(rows)]):
-        several = set(speakers_of_files[start:end])
-        speakers.append(several.pop() if len(several) == 1 else None)
+    say_of_trials(path, labels, pairs, names)
+    speakers = number_speakers(labels, pairs, speakers_of_sides(utterances, speaker))
     return TrialList(
-        path,
-        sha256(content + enrolments),
-        labels,
-        pairs,
-        [os.fsdecode(name) for _, name in sides],
-        np.array(rows),
-        np.array(starts),
-        *number_speakers(labels, pairs, speakers),
+        path=path,
+        sha256=sha256(content + enrolments),
+        labels=labels,
+        pairs=pairs,
+        names=names,
+        files_of_side=files_of_side,
+        speakers=speakers[0],
+        why_no_speakers=speakers[1],
     )
 
 
-def find_label(content, models, path):
-    """Number of the field that holds the labels of a trial list: 0, or 2 where most are last.
+def number_files(utterances, folder, numbers_of_files):
+    """The numbers of utterances below a folder in {file: number}; adds the files that are new."""
+    files = [os.path.join(folder, utterance) for utterance in utterances]
+    return [numbers_of_files.setdefault(file, len(numbers_of_files)) for file in files]
 
-    models: what an enrolment may be, if there are any. Raises BadInput where it may be either.
+
+def speakers_of_sides(utterances, speaker):
+    """The speaker of each list of utterances, None if there are several."""
+    flat = speakers_of([utterance for own in utterances for utterance in own], speaker)
+    ends = np.cumsum([len(own) for own in utterances]).tolist()
+    several = [set(flat[begin:end]) for begin, end in zip([0, *ends], ends)]
+    return [names.pop() if len(names) == 1 else None for names in several]
+
+
+def say_of_trials(path, labels, pairs, names):
+    """Says which trials of a list are there more than once, or compare a file with itself.
+
+    Two spellings of a path are one file, and the order of the two files does not matter.
     """
-    lines = 0
-    first = 0
-    last = 0
-    for line in split_text(content):
-        fields = line.split()
-        if fields:
-            lines += 1
-            # Files and models may be called 1 and 0.
-            enrolment = fields[1] if len(fields) > 1 else None
-            first += fields[0] in LABELS and (not models or enrolment in models)
-            last += fields[-1] in LABELS and (not models or fields[0] in models)
-    if first == last == lines > 0:
+    numbers = {}
+    same_name = [numbers.setdefault(posixpath.normpath(name), len(numbers)) for name in names]
+    low, high = np.sort(np.array(same_name)[pairs], axis=1).T
+    _, first, pair, counts = np.unique(
+        low * len(names) + high, return_index=True, return_inverse=True, return_counts=True
+    )
+    targets = np.bincount(pair, labels)
+    both = (targets > 0) & (targets < counts)
+    kinds = {
+        'have both labels, so one is wrong': both,
+        'are there more than once': (counts > 1) & ~both,
+        'compare a file with itself': (low == high)[first],
+    }
+    for what, chosen in kinds.items():
+        if chosen.any():
+            enrolment, test = pairs[first[chosen].min()]
+            say(
+                f'WARNING       --eval_list {path}: {chosen.sum():,} pairs {what}, for example '
+                f'{names[enrolment]} {names[test]}'
+            )
+
+
+def find_label(content, models, path):
+    """Index of the field with the label, 0 or 2, by the first line of a trial list.
+
+    models: the names of enrolments, if there are any. Raises BadInput if both may be the label.
+    """
+    lines = (line.split() for line in io.BytesIO(content))
+    fields = next(filter(None, lines), [])
+    if len(fields) != 3:
+        return 0  # the line is named when it is read
+    is_first = fields[0] in LABELS and (not models or fields[1] in models)
+    is_last = fields[2] in LABELS and (not models or fields[0] in models)
+    if is_first and is_last:
         raise BadInput(
-            f'--eval_list: {path}: every line begins and ends with a label; rename the files '
-            'called so'
+            f'--eval_list: {path}: its first line begins and ends with a label; move another line '
+            'to the top, or rename the files that are called like labels'
         )
-    return 2 if last > first else 0
+    return 2 if is_last else 0
 
 
 def trial_fault(fields, label_at, models):
@@ -1556,16 +1587,10 @@ def choose_cohort(train_list, train_path, per_speaker, seed):
 
 
 def read_list(path, role):
-    """Bytes of a text list.
-
-    Raises BadInput where there is none, or it begins with a mark that would count as text.
-    """
+    """Bytes of a text list. Raises BadInput if it cannot be read or has a byte order mark."""
     require(os.path.isfile, path, role)
-    with open(path, 'rb') as file:
-        content = file.read()
-    # A name may begin with the bytes of the latter; half of a Latin letter in UTF-16 is zero.
-    is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and 0 in content[2:4]
-    if is_utf_16 or content.startswith(codecs.BOM_UTF8):
+    content = read_bytes(path)
+    if content.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise BadInput(f'{role}: {path}: begins with a byte order mark; save it as UTF-8 without')
     return content
 
@@ -1578,7 +1603,7 @@ def split_lines(content, path, role, fault):
     """
     wrong_lines = []
     empty = True
-    for number, line in enumerate(split_text(content), 1):
+    for number, line in enumerate(io.BytesIO(content), 1):
         fields = line.split()
         if not fields:
             continue
@@ -1593,11 +1618,6 @@ def split_lines(content, path, role, fault):
         raise BadInput('\n'.join([f'{role}: lines that cannot be read:', *wrong_lines]))
     if empty:
         raise BadInput(f'{role}: {path}: the file is empty')
-
-
-def split_text(content):
-    """The lines of bytes, whether they end as on Unix, Windows or an old Macintosh."""
-    return io.BytesIO(content.replace(b'\r\n', b'\n').replace(b'\r', b'\n'))
 
 
 def check_data(dataset, eval_files, eval_path, every_file, n_cpu, max_bad):
@@ -1635,15 +1655,116 @@ def check_data(dataset, eval_files, eval_path, every_file, n_cpu, max_bad):
         check_audio(paths, role, read, augmentation_cpus)
     check_audio(eval_files, '--eval_list', read_trial_file, n_cpu)
 
-    scored = set()
+
+def check_lists(dataset, eval_files, eval_path, speaker=''):
+    """Warns of what makes figures wrong in the list of a train_loader, or in it and the trials.
+
+    eval_files: paths of the trials' files below the folders eval_path; speaker: the pattern of
+    tools.speakers_of.
+    """
+    names = {file: file for file in eval_files}  # {file of the trials: its path in a list}
     for folder in eval_path:
-        scored.update(os.path.relpath(file, folder).split(os.sep)[0] for file in eval_files)
-    both = sorted(scored.intersection(dataset.speakers))
-    if both:
-        say(
-            f'WARNING       {len(both)} speakers are in --train_list and in --eval_list '
-            f'({", ".join(both[:5])}, ...): the EER will be too good'
+        for file in eval_files:
+            if file.startswith(os.path.join(folder, '')):
+                names[file] = os.path.relpath(file, folder)
+    warnings = [
+        *odd_training_lines(dataset),
+        *shared_files(dataset, names),
+        *shared_speakers(dataset, names.values(), speaker),
+    ]
+    for warning in warnings:
+        say(f'WARNING       {warning}')
+
+
+def odd_training_lines(dataset):
+    """Returns warnings of a single speaker, and of files that are there twice."""
+    warnings = []
+    if len(dataset.speakers) == 1:
+        warnings.append(
+            f'--train_list has a single speaker, {dataset.speakers[0]}: the loss will be 0, and '
+            'nothing is learned'
         )
+
+    # Two spellings of a path are one file. Numbers in place of paths: there may be a million.
+    paths = array('q', (hash(posixpath.normpath(name)) for name in dataset.names))
+    order = np.argsort(paths, kind='stable')
+    again = np.flatnonzero(np.diff(np.array(paths)[order]) == 0)
+    first = order[again]
+    second = order[again + 1]
+    same_speaker = dataset.labels[first] == dataset.labels[second]
+    kinds = {
+        'files are there under two speakers, so one is wrong': ~same_speaker,
+        'files are there more than once': same_speaker,
+    }
+    for what, chosen in kinds.items():
+        if chosen.any():
+            index = first[chosen].min()
+            warnings.append(
+                f'--train_list: {chosen.sum():,} {what}, for example {dataset.names[index]} of '
+                f'{dataset.speakers[dataset.labels[index]]}'
+            )
+    return warnings
+
+
+def shared_files(dataset, eval_names):
+    """Returns a warning if files of the trials, {path: name in a list}, are also trained on.
+
+    They are the same file, or have the same name below --train_path and the same content.
+    """
+    root = os.path.realpath(dataset.train_path)
+    candidates = {}
+    for file, name in eval_names.items():
+        candidates[os.path.join(root, posixpath.normpath(name))] = file
+        candidates[os.path.realpath(file)] = file
+
+    both = set()
+    for name in dataset.names:
+        path = os.path.join(root, posixpath.normpath(name))
+        if path in candidates and is_same_file(path, candidates[path]):
+            both.add(candidates[path])
+    if not both:
+        return []
+    return [
+        f'{len(both):,} files are in --train_list and in --eval_list, for example {min(both)}: '
+        'the EER will be too good'
+    ]
+
+
+def is_same_file(a, b):
+    """Whether two paths are of one file, or of files with equal content."""
+    with contextlib.suppress(OSError):
+        return os.path.samefile(a, b) or filecmp.cmp(a, b, shallow=False)
+    return False
+
+
+def shared_speakers(dataset, eval_names, speaker):
+    """Returns a warning if speakers of the trials are also trained on.
+
+    Speakers of the training list are those that it names, and those of its paths: it may number
+    the former.
+    """
+    trained = set(dataset.speakers) | speakers_of_many(dataset.names, speaker)
+    both = sorted(trained & speakers_of_many(eval_names, speaker))
+    if not both:
+        return []
+    return [
+        f'{len(both):,} speakers are in --train_list and in --eval_list '
+        f'({", ".join(first_lines(both, 5))}): the EER will be too good'
+    ]
+
+
+def speakers_of_many(names, speaker):
+    """The set of the speakers of many paths; those in which there is none are left out."""
+    if not speaker:
+        # One file of each folder is enough; the name of a file in no folder is not a speaker.
+        one_of_folder = {os.path.dirname(name): name for name in names}
+        one_of_folder.pop('', None)
+        return set(speakers_of(list(one_of_folder.values())))
+    found = set()
+    for name in names:
+        with contextlib.suppress(BadInput):
+            found.update(speakers_of([name], speaker))
+    return found
 
 
 def check_audio(paths, role, read=check_header, n_cpu=0, max_bad=0):

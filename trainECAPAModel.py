@@ -208,6 +208,7 @@ def prepare(args):
             dataLoader.check_data(
                 dataset, trials[0], args.eval_path, args.check, args.n_cpu, args.max_bad
             )
+            dataLoader.check_lists(dataset, trials[0], args.eval_path, args.speaker)
     identity = run_identity(system, dataset, trials, args)
     compare_processes({**identity, 'max_epoch': args.max_epoch}, args)
     return Run(dataset, loader, trials, system, initial_weights, identity)

@@ -70,7 +70,7 @@ def test_a_list_of_any_layout_is_the_same_list(tree, tmp_path, layout):
     text = ''.join(LAYOUTS[layout](*line.split()) + '\n' for line in lines)
     (tmp_path / 'other.txt').write_bytes(text.encode())
     _, (other,) = read_trial_lists([str(tmp_path / 'other.txt')], [tree['eval_path']])
-    for name in ('labels', 'pairs', 'rows', 'starts'):
+    for name in ('labels', 'pairs', 'files_of_side'):
         np.testing.assert_array_equal(getattr(other, name), getattr(usual, name))
     assert other.names == usual.names
 

@@ -166,29 +166,6 @@ def test_options_of_any_name_are_read_back(tmp_path, value):
 # Lists.
 
 
-def test_an_enrolment_list_with_old_line_ends_keeps_its_models_apart(tree, model):
-    """Lone carriage returns made one model of all."""
-    folder = Path(tree['eval_list']).parent
-    # Models are called as their files are, so that nothing is missing.
-    enrolments = f'{NAME(1, 0)} {NAME(1, 0)}\n{NAME(2, 0)} {NAME(2, 0)}\n'
-    (folder / 'one.txt').write_text(f'1 {NAME(1, 0)} {NAME(1, 1)}\n0 {NAME(1, 0)} {NAME(2, 1)}\n')
-    found = []
-    for end in ('\n', '\r', '\r\n'):
-        (folder / 'models.txt').write_bytes(enrolments.replace('\n', end).encode())
-        lists = {'eval_list': folder / 'one.txt', 'enrol_list': folder / 'models.txt'}
-        evaluate(tree, model, **lists)
-        found.append(Path(tree['save_path'], 'scores/one.txt').read_text())
-    assert found[0] == found[1] == found[2]
-
-
-@pytest.mark.parametrize('content', ['1 0 1\n0 1 0\n', '0 1 1\n1 0 0\n', '1 a 0\n0 target 1\n'])
-def test_labels_at_either_end_of_every_line_are_refused(tree, tmp_path, content):
-    """Files may be called 0, and nothing says which of the two is the label."""
-    (tmp_path / 'list.txt').write_text(content)
-    with pytest.raises(BadInput, match='list.txt: every line begins and ends with a label'):
-        read_trial_lists([str(tmp_path / 'list.txt')], [tree['eval_path']])
-
-
 def test_models_may_be_called_as_labels_are(tree, tmp_path):
     (tmp_path / 'models.txt').write_text(f'0 {NAME(1, 0)}\n1 {NAME(2, 0)}\n')
     first = f'1 0 {NAME(1, 1)}\n0 1 {NAME(1, 0)}\n'

@@ -8,7 +8,6 @@ Hypothesis draws the mutations, the same ones in every run.
 import hashlib
 import io
 import random
-import re
 import shutil
 import struct
 from collections import Counter
@@ -358,7 +357,7 @@ LINES = st.sampled_from(
 @many(60)
 @given(
     lines=st.lists(LINES, max_size=8),
-    newline=st.sampled_from([b'\n', b'\r\n', b'\r']),
+    newline=st.sampled_from([b'\n', b'\r\n']),
     last=st.booleans(),
 )
 def test_trial_lists(zoo, capsys, lines, newline, last):
@@ -382,11 +381,8 @@ def test_damaged_trial_lists(zoo, capsys, data):
 
 
 def trial_rows(content):
-    """Fields of each line that has any.
-
-    Lines end as on Unix, Windows or an old Macintosh.
-    """
-    return [line.split() for line in re.split(b'\r\n|\r|\n', content) if line.split()]
+    """Fields of each line that has any."""
+    return [line.split() for line in content.split(b'\n') if line.split()]
 
 
 def is_trial_list(content):
@@ -448,7 +444,7 @@ TRAIN_LINES = st.sampled_from(
         b' \t',
         b'id1',
         b'id1 a b',
-        b'\xff\xfe x.wav',
+        b'id\xff\xfe x.wav',
         'ötzi é.wav'.encode(),
         b'id1\t%b' % FIRST,
         b'  id2   %b  ' % THIRD,
