@@ -1,4 +1,4 @@
-# Sourced with a requirements file: makes and activates .venv where no environment is active, and installs the file.
+# Sourced with a requirements file: makes and activates .venv if no environment is active, and installs the file.
 if [ -z "${VIRTUAL_ENV:-${CONDA_PREFIX:-}}" ]; then
     [ -e .venv/bin/activate ] || python3 -m venv .venv
     . .venv/bin/activate
