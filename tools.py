@@ -157,13 +157,21 @@ def operating_points(scores, labels):
     Returns {figure: {'value', 'threshold'}}; a trial is accepted above the threshold. The EER is in
     percent.
     """
-    scores, is_target, ends, _ = sort_by_score(scores, labels)
-    misses, false_alarms = error_rates(np.ones(len(scores), int), is_target, ends)
-    thresholds = np.append(-np.inf, scores[ends])
+    misses, false_alarms, thresholds = error_curve(scores, labels)
     return {
         name: {'value': float(value), 'threshold': float(thresholds[index])}
         for name, (value, index) in find_figures(misses, false_alarms).items()
     }
+
+
+def error_curve(scores, labels):
+    """Computes the DET curve of scores (N,) with labels (N,).
+
+    Returns (misses, false alarms, thresholds), at -inf and at each different score, ascending.
+    """
+    scores, is_target, ends, _ = sort_by_score(scores, labels)
+    rates = error_rates(np.ones(len(scores), int), is_target, ends)
+    return *rates, np.append(-np.inf, scores[ends])
 
 
 def sort_by_score(scores, labels):
@@ -184,12 +192,14 @@ def error_rates(weights, is_target, ends):
 
     is_target, ends: what sort_by_score returns. Returns (misses, false alarms), (K + 1,) each, at
     thresholds below all scores and at each of the K different ones. Equal scores are one threshold.
+    NaN if there are no target or no non-target trials.
     """
     trials = np.cumsum(weights)[ends]
     missed = np.cumsum(weights * is_target)[ends]
     rejected = trials - missed
-    misses = np.append(0, missed / missed[-1])
-    false_alarms = 1 - np.append(0, rejected / rejected[-1])
+    with np.errstate(invalid='ignore'):
+        misses = np.append(0, missed / missed[-1])
+        false_alarms = 1 - np.append(0, rejected / rejected[-1])
     return misses, false_alarms
 
 
@@ -314,13 +324,13 @@ def replicate_figures(scores, labels, speakers, draws, title=None):
     """
     _, is_target, ends, order = sort_by_score(scores, labels)
     first, second = np.asarray(speakers)[order].T
+    # A target trial is weighed by one of its sides only: the other is a speaker drawn once.
+    second = np.where(is_target, -1, second)
 
     def figures_of(counts):
-        weights = counts[first] * np.where(is_target, 1, counts[second])
-        if not weights[is_target].any() or not weights[~is_target].any():
-            return [np.nan] * len(FIGURES)
-        figures = find_figures(*error_rates(weights, is_target, ends))
-        return [value for value, _ in figures.values()]
+        counts = np.append(counts, 1).astype(np.int32)
+        rates = error_rates(counts[first] * counts[second], is_target, ends)
+        return [value for value, _ in find_figures(*rates).values()]
 
     with ThreadPoolExecutor(available_cpus()) as pool:
         done = pool.map(figures_of, draws)

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib import pyplot
 from scipy.special import ndtri
 
-from tools import ComputeErrorRates, operating_points, write_whole
+from tools import error_curve, operating_points, write_whole
 
 matplotlib.use('agg')
 
@@ -71,14 +71,14 @@ def draw_det(path, experiments):
 
 def plot_det(axes, name, scores, labels):
     """Plots the DET curve of scores (N,) with labels (N,), and a point at its EER."""
-    fnr, fpr, _ = ComputeErrorRates(scores, labels)
+    misses, false_alarms, _ = error_curve(scores, labels)
     points = operating_points(scores, labels)
     eer = points['EER']['value']
     cost = points['minDCF(0.05)']['value']
 
-    seen = (fnr > 0) & (fpr > 0)
+    seen = (misses > 0) & (false_alarms > 0)
     label = f'{name}: EER {eer:.2f}%, minDCF(0.05) {cost:.3f}'
-    (line,) = axes.plot(ndtri(fpr[seen]), ndtri(fnr[seen]), label=label)
+    (line,) = axes.plot(ndtri(false_alarms[seen]), ndtri(misses[seen]), label=label)
     equal = ndtri(eer / 100)
     axes.plot(equal, equal, 'o', color=line.get_color())
 
