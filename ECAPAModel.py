@@ -604,31 +604,22 @@ def resume(system, folder, identity, force=False):
     """Loads the newest checkpoint of a folder that can be read, with the optimiser's state.
 
     identity: {option: value} of what changes the numbers of this run. Returns (Done, the options
-    that changed, as text), and (None, []) for no run. Raises BadInput where the checkpoint's
-    identity differs, unless force is given.
+    that changed, as text), and (None, []) if there is no run. Raises BadInput if options changed,
+    unless force is given, and for checkpoints that cannot be read or do not fit.
     """
     path, weights, state = newest_checkpoint(folder)
     if path is None:
         return None, []
 
     # Weights without a .state, and runs that began before an option was there, say only this.
-    saved_identity = {**describe(weights), **state.get('identity', {})}
-    changes = []
-    for name, value in identity.items():
-        saved = saved_identity.get(name, value)
-        if saved != value:
-            changes.append(f'--{name} {value} (was {saved})')
+    changes = changed_options({**describe(weights), **state.get('identity', {})}, identity)
     if changes and not force:
-        raise BadInput(
-            '\n'.join(
-                [
-                    f'{folder} holds a run with other options, which would change its numbers:',
-                    *changes,
-                    'Give those it began with (options.txt), choose another --save_path, or add '
-                    '--force.',
-                ]
-            )
-        )
+        message = [
+            f'{folder} holds a run with other options, which would change its numbers:',
+            *changes,
+            'Give those it began with (options.txt), choose another --save_path, or add --force.',
+        ]
+        raise BadInput('\n'.join(message))
 
     left_out = load_weights(system, weights, path)
     if left_out:
@@ -645,6 +636,15 @@ def resume(system, folder, identity, force=False):
         )
     figures = {name: state.get(name) for name in Done._fields}
     return Done(**figures), changes
+
+
+def changed_options(saved, identity):
+    """The options of a run, {option: value}, that were saved with another value, as text."""
+    return [
+        f'--{name} {value} (was {saved[name]})'
+        for name, value in identity.items()
+        if name in saved and saved[name] != value
+    ]
 
 
 def load_optimiser(optim, saved, path):

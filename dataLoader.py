@@ -1399,7 +1399,7 @@ def read_trial_lists(lists, folders, enrol_list='', speaker=''):
     once. Raises BadInput.
     """
     if len(set(map(str, lists))) < len(lists):
-        raise BadInput('--eval_list: names a list twice, whose results would be one')
+        raise BadInput('--eval_list: the same list is given twice')
     if len(folders) == 1:
         folders = folders * len(lists)
     if len(folders) != len(lists):

@@ -1,5 +1,6 @@
 """What is wrong in a list, or between two lists, and is it said?"""
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import wave, write_wav
 
-from dataLoader import check_lists, read_trial_lists, train_loader
+from dataLoader import check_lists, read_trial_lists, require, train_loader
 from tools import BadInput
 
 NAME = 'id{}/session/{:05d}.wav'.format
@@ -189,3 +190,24 @@ def test_a_first_line_with_a_label_at_each_end_is_refused(separate, tmp_path, co
     (tmp_path / 'list.txt').write_text(content)
     with pytest.raises(BadInput, match='list.txt'):
         read_trial_lists([str(tmp_path / 'list.txt')], [separate['eval_path']])
+
+
+# What an option names.
+
+
+@pytest.mark.parametrize('kind', [str, Path])
+def test_a_file_that_is_not_there_is_named_with_its_option(tmp_path, kind):
+    for exists in (os.path.isfile, os.path.isdir):
+        with pytest.raises(BadInput, match=f'--eval_list: {tmp_path}/none: no such'):
+            require(exists, kind(tmp_path / 'none'), '--eval_list')
+
+
+def test_a_file_that_cannot_be_reached_is_not_called_missing(tmp_path, monkeypatch):
+    """os.path.isfile is False where a folder on the way cannot be read."""
+
+    def refuse(path, *args, **kwargs):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr(os, 'stat', refuse)
+    with pytest.raises(BadInput, match=f'--eval_list: .*{os.strerror(errno.EACCES)}'):
+        require(os.path.isfile, str(tmp_path / 'none'), '--eval_list')
