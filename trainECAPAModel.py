@@ -747,7 +747,7 @@ def refuse_other_launchers():
         if value.isdecimal() and int(value) > largest:
             raise BadInput(
                 f'{name}={value} in the environment: several processes, which would train alone '
-                'each. Start them with torchrun (README.md, "Many GPUs"; under srun, one torchrun '
+                'each. Start them with torchrun (README.md, "Training"; under srun, one torchrun '
                 f'for each machine). If this is the only process: unset {name}'
             )
 
