@@ -69,8 +69,9 @@ class ECAPAModel(nn.Module):
     lr: learning rate, multiplied by lr_decay every test_step epochs; C: channels of the encoder;
     n_class: speakers; m, s: margin and scale of AAM-softmax; device: as in choose_device;
     precision: 'bf16' (the encoder's convolutions; features, pooling statistics and loss stay
-    float32), 'fp32' (as PyTorch has it: on a GPU convolutions round to TF32), 'exact' (as 'fp32',
-    for the command, which forbids TF32) or 'auto', bf16 on a GPU that has it, else fp32; n_cpu:
+    float32), 'fp32' (PyTorch's default: on a GPU convolutions round to TF32), 'exact' (float32
+    without TF32 in forward, train_step and all evaluation) or 'auto', bf16 on a GPU that has it,
+    else fp32; n_cpu:
     processes that read files in evaluation. The others are the command's, with its defaults.
     Options of the published command that are not used here are accepted; others raise TypeError.
 
@@ -171,13 +172,21 @@ class ECAPAModel(nn.Module):
 
         The features are masked at random.
         """
-        features = self.speaker_encoder.features(audio, aug=True)  # (B, 80, T)
-        # Frozen epochs are few: not worth the minutes that compiling for them takes.
+        # Compiling takes minutes: frozen epochs are too few to gain from it.
         encode = self.train_encode if self.speaker_encoder.training else self.speaker_encoder.encode
         half = self.precision == 'bf16'
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
-            embedding = encode(features)  # (B, D)
-        return self.speaker_loss(embedding, labels)
+        with self.float32_as_asked():
+            features = self.speaker_encoder.features(audio, aug=True)  # (B, 80, T)
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
+                embedding = encode(features)  # (B, D)
+            return self.speaker_loss(embedding, labels)
+
+    def float32_as_asked(self):
+        """Returns the context in which float32 is as precise as `precision` says.
+
+        forward, train_step and embed_files use it. Whoever calls backward() directly needs it too.
+        """
+        return without_tf32() if self.precision == 'exact' else contextlib.nullcontext()
 
     def train_step(self, audio, labels):
         """One optimiser step on waveforms (B, samples) and labels (B,).
@@ -191,7 +200,8 @@ class ECAPAModel(nn.Module):
         for part, part_labels in zip(audio_parts, label_parts):
             loss, accuracy = self(part, part_labels)
             share = len(part) / len(audio)
-            (loss * share).backward()
+            with self.float32_as_asked():
+                (loss * share).backward()
             totals += share * torch.stack([loss.detach(), accuracy.squeeze()])
 
         parameters = [p for p in self.parameters() if p.grad is not None]
@@ -228,8 +238,8 @@ class ECAPAModel(nn.Module):
             for step, batch in enumerate(batches, 1):
                 # Take a step.
                 lr = self.set_rate_and_margin(epoch - 1 + (step - 1) / steps)
-                audio = batch[0].to(self.device, non_blocking=True)
-                labels = batch[1].to(self.device, non_blocking=True)
+                audio = self.copy_to_device(batch[0])
+                labels = self.copy_to_device(batch[1])
                 not_seen.append((batch, self.train_step(audio, labels)))
 
                 # Look at the results from time to time: only here the loop waits for a GPU.
@@ -249,8 +259,9 @@ class ECAPAModel(nn.Module):
             self.warn_of_waiting(batches.share_waited())
 
         # Average over the steps of all processes.
-        totals = tools.sum_over_processes(totals.to(self.device)) / (steps * process_count())
-        loss, accuracy, _ = totals.tolist()
+        if process_count() > 1:
+            totals = tools.sum_over_processes(totals.to(self.device))
+        loss, accuracy, _ = (totals / (steps * process_count())).tolist()
         return loss, lr, accuracy
 
     def warn_of_waiting(self, share):
@@ -342,7 +353,7 @@ class ECAPAModel(nn.Module):
             if len(audio) > LONGEST:
                 long.append(paths[index])
             # A copy on a CPU too: a worker's tensor holds shared memory and an open file.
-            window.append((index, audio.to(self.device, non_blocking=True, copy=True)))
+            window.append((index, self.copy_to_device(audio, copy=True)))
             frames += 1 + len(audio) // HOP
             if frames > WINDOW_FRAMES:
                 self.embed_window(window, embeddings)
@@ -367,8 +378,9 @@ class ECAPAModel(nn.Module):
         Nothing waits for a GPU.
         """
         batch_frames = BATCH_FRAMES if self.on_gpu else CPU_BATCH_FRAMES
-        self.embed_whole(window, embeddings[:, 0], batch_frames)
-        self.embed_crops(window, embeddings[:, 1], batch_frames)
+        with self.float32_as_asked():
+            self.embed_whole(window, embeddings[:, 0], batch_frames)
+            self.embed_crops(window, embeddings[:, 1], batch_frames)
 
     def embed_whole(self, window, embeddings, batch_frames):
         """Adds the unit embeddings of whole utterances, or of their parts, to embeddings (N, D).
@@ -407,18 +419,30 @@ class ECAPAModel(nn.Module):
             embeddings[self.upload(indices)] = means
 
     def upload(self, numbers):
-        """Integers as a tensor on the device."""
+        """Returns integers as a tensor on the device, without waiting for a GPU."""
         numbers = torch.tensor(numbers)
         if self.on_gpu:
-            return numbers.pin_memory().to(self.device, non_blocking=True)
-        return numbers
+            numbers = numbers.pin_memory()
+        return self.copy_to_device(numbers)
+
+    def copy_to_device(self, tensor, copy=False):
+        """Returns a tensor on the device; copy: a new one even if it is there already.
+
+        Only CUDA keeps the memory of a tensor until an unfinished copy of it is done. On other
+        devices the copy is finished when this returns.
+        """
+        return tensor.to(self.device, non_blocking=self.on_gpu, copy=copy)
 
     def save_parameters(self, path):
         """Writes the flat state dict of the published format.
 
         Its names are speaker_encoder.* and speaker_loss.*.
         """
-        tools.write_whole(path, lambda file: torch.save(self.state_dict(), file))
+        state = self.state_dict()
+        for name, tensor in state.items():
+            # A machine without this device must be able to load it.
+            state[name] = tensor.cpu()
+        tools.write_whole(path, lambda file: torch.save(state, file))
 
     def load_parameters(self, path):
         """Loads a checkpoint; returns the names left out, a classifier of other speakers.
@@ -709,8 +733,6 @@ def load_model_of(args):
         raise BadInput('--initial_model is needed: the checkpoint to score')
     require(os.path.isfile, args.initial_model, '--initial_model')
     weights, sha256 = read_checkpoint(args.initial_model)
-    if args.precision == 'exact':
-        torch.backends.cudnn.allow_tf32 = False
     system = model_of(weights, args.initial_model, **tools.options_for(ECAPAModel, args))
     return system, {'path': args.initial_model, 'sha256': sha256}
 
@@ -932,10 +954,25 @@ def what_it_is(content, error):
 # Devices.
 
 
-def choose_device(name='auto'):
-    """torch.device of a device's name, or of 'auto': cuda if there is a GPU, else cpu.
+@contextlib.contextmanager
+def without_tf32():
+    """Makes a GPU compute convolutions and matrix products in full float32 within the block."""
+    switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = 'ieee'
+    try:
+        yield
+    finally:
+        for switch, precision in zip(switches, before):
+            switch.fp32_precision = precision
 
-    Raises BadInput where the device cannot be used.
+
+def choose_device(name='auto'):
+    """Returns the torch.device of a name: cpu, cuda, cuda:N, mps (the GPU of a Mac), or auto.
+
+    auto is cuda if there is a GPU of NVIDIA, else cpu. Raises BadInput if the device cannot be used
+    or is of a kind that this code was not made for.
     """
     chosen = name
     if name == 'auto':
@@ -943,7 +980,9 @@ def choose_device(name='auto'):
         chosen = 'cuda' if torch.cuda.is_available() or has_nvidia_gpu() else 'cpu'
     try:
         device = torch.device(chosen)
-        torch.empty(0, device=device).cpu()  # 'meta' is a device too, which holds no numbers
+        if device.type not in ('cpu', 'cuda', 'mps'):
+            raise BadInput(f'--device {name}: not supported; choose cpu, cuda or mps')
+        torch.empty(0, device=device).cpu()
         if device.type == 'cuda' and device.index:
             # Or PyTorch would put some of its own things on the first GPU.
             torch.cuda.set_device(device)

@@ -836,7 +836,11 @@ def add_scoring_options(parser):
     add('--subtract_mean', action='store_true', help="also scores less the cohort's mean")
 
     add = parser.add_argument_group('machine').add_argument
-    add('--device', default='auto', help='auto (cuda if there is one, else cpu), cpu, cuda, cuda:1')
+    add(
+        '--device',
+        default='auto',
+        help='auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, or mps, the GPU of a Mac',
+    )
     add(
         '--precision',
         choices=('auto', 'bf16', 'fp32', 'exact'),

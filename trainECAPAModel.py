@@ -343,8 +343,6 @@ def build_system(args, speakers):
             check_classifier(args, n_class, speakers)
     C = C or 1024
 
-    if args.precision == 'exact':
-        torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(args.seed)
     system = ECAPAModel(**{**tools.options_for(ECAPAModel, args), 'C': C, 'n_class': n_class})
     check_description(system, args)

@@ -14,7 +14,6 @@ from conftest import command_line, make_system, trial_lines, wave, write_wav
 import tools
 import trainECAPAModel
 from dataLoader import read_trial_lists
-from ECAPAModel import choose_device
 from exps import average, export
 from tools import BadInput
 
@@ -125,11 +124,6 @@ def test_a_seed_that_is_too_large_is_refused(tree, capsys):
 
 def test_a_crop_that_memory_cannot_hold_gets_a_sentence(tree, capsys):
     assert '--batch_size' in refusal(capsys, train, tree, num_frames=10**12)
-
-
-def test_a_device_without_numbers_is_refused():
-    with pytest.raises(BadInput, match='--device meta'):
-        choose_device('meta')
 
 
 # Recipes and options.txt.
