@@ -26,12 +26,12 @@ import tools
 from dataLoader import (
     EVAL_CROP,
     RATE,
+    audio_or_fault,
     eval_crops,
     parallel_map,
     read_any,
     read_audio,
     read_trial_lists,
-    read_utterance,
     require,
 )
 from loss import LOSSES, loss_of
@@ -331,7 +331,7 @@ class ECAPAModel(nn.Module):
         """
         self.eval()
         mine = range(process_rank(), len(paths), process_count())
-        read = functools.partial(read_utterance, read_any if any_format else read_audio)
+        read = functools.partial(audio_or_fault, read_any if any_format else read_audio)
         n_cpu = min(self.n_cpu, len(mine))
         utterances = parallel_map(read, [paths[i] for i in mine], n_cpu, pin_memory=self.on_gpu)
         hide = True if process_rank() > 0 else None

@@ -9,6 +9,7 @@ import errno
 import filecmp
 import functools
 import io
+import itertools
 import math
 import multiprocessing
 import multiprocessing.util
@@ -62,6 +63,8 @@ TELEPHONE_RATE = 8000
 TELEPHONE_BAND = (300, 3400)  # Hz
 PIECE = 5 * RATE  # a noise recording counts as its pieces of 5 s,
 PIECE_STEP = 3 * RATE  # one every 3 s
+LATEST_DIRECT = 0.2  # s; in the rooms of OpenSLR 28 the direct sound comes after 0.07 s at most
+ATTEMPTS = 100  # files that are tried in place of one that cannot be used
 EVAL_CROP = 300 * 160 + 240
 SHORTEST = 257  # samples that a spectrogram needs, half a window to either side being a reflection
 LABELS = {b'1': 1, b'0': 0, b'target': 1, b'nontarget': 0}  # 1: the same speaker
@@ -124,8 +127,8 @@ class train_loader(Dataset):
     command that are not used here are accepted; others raise TypeError. Raises BadInput where a
     list or folder cannot be used.
 
-    The attribute bad_audio may be a BadAudio: it then lists each file that cannot be used, and
-    another one of the speaker replaces it. Otherwise such a file is BadInput.
+    The attribute bad_audio may be a BadAudio: it then lists each utterance, noise and room that
+    cannot be used, and another one replaces it. Otherwise such a file is BadInput.
     """
 
     def __init__(
@@ -139,12 +142,13 @@ class train_loader(Dataset):
         self.speakers, self.labels, self.names, self.list_sha256 = read_train_list(train_list)
         self.speeds = SPEEDS if speed_perturb else SPEEDS[:1]
         self.n_class = len(self.speeds) * len(self.speakers)
-        self.augmented = augment
-        self.coded = codec
+        self.augment_share = augment
+        self.codec_share = codec
         self.codecs = usable_codecs() if codec else {}
         self.noises = {}
         for category in NOISE_SNR:
             self.noises[category] = NoiseFiles(os.path.join(musan_path, category))
+        self.rir_path = rir_path
         self.rirs = Strings(find_audio(rir_path, '--rir_path'))
         self.bad_audio = None
 
@@ -159,22 +163,23 @@ class train_loader(Dataset):
         else:
             rng = random.Random(int(torch.randint(2**63 - 1, ())))
 
-        version = rng.randrange(len(self.speeds)) if len(self.speeds) > 1 else 0
-        speed = self.speeds[version]
-        audio = self.read_utterance(index, math.ceil(self.length * speed / 100), rng)
+        speed_index = rng.randrange(len(self.speeds)) if len(self.speeds) > 1 else 0
+        speed = self.speeds[speed_index]
+        audio, index = self.read_or_replace(index, math.ceil(self.length * speed / 100), rng)
         audio = change_rate(audio, speed, 100)[: self.length]
+
         audio = self.augment(audio, rng)
-        if self.coded and rng.random() < self.coded:
-            audio = self.code(audio, rng)
-        label = version * len(self.speakers) + int(self.labels[index])
+        if self.codec_share and rng.random() < self.codec_share:
+            audio = self.through_random_codec(audio, rng)
+        label = speed_index * len(self.speakers) + int(self.labels[index])
         return torch.from_numpy(audio), label
 
     def augment(self, audio, rng):
-        """audio (samples,), or a share of the time in one of five ways, equally likely.
+        """Augments a share of the crops (samples,), in one of five equally likely ways.
 
         These are reverberation, babble, music, noise, and television (babble and music).
         """
-        if rng.random() >= self.augmented:
+        if rng.random() >= self.augment_share:
             return audio
         kind = rng.choice(('reverberation', 'babble', 'music', 'noise', 'television'))
         if kind == 'reverberation':
@@ -188,116 +193,183 @@ class train_loader(Dataset):
         return audio
 
     def add_rev(self, audio, rng=None):
-        """audio (..., samples) in a room drawn at random."""
+        """Puts audio (..., samples) in a random room."""
         rng = rng or random.Random()
-        path = self.rirs[rng.randrange(len(self.rirs))]
-        return reverberate(audio, read_audio(path))
+        rir = first_usable(self.draw_rooms(rng), read_room, self.list_fault)
+        return reverberate(audio, rir)
+
+    def draw_rooms(self, rng):
+        """Yields paths of random rooms, without end."""
+        while True:
+            yield self.rirs[rng.randrange(len(self.rirs))]
 
     def add_noise(self, audio, noisecat, rng=None):
-        """audio (..., samples) plus clips of 'noise', 'speech' or 'music', each at its own SNR."""
+        """Adds clips of 'noise', 'speech' or 'music', each at its own SNR, to (..., samples)."""
         rng = rng or random.Random()
-        level = decibels(audio)
+        level_db = decibels(audio)
         mixed = np.array(audio, np.float32)
         count = rng.randint(*NOISE_CLIPS[noisecat])
-        for clip in self.noises[noisecat].draw(rng, audio.shape[-1], count):
+        for clip in self.noises[noisecat].draw(rng, audio.shape[-1], count, self.list_fault):
             snr = rng.uniform(*NOISE_SNR[noisecat])
-            clip *= np.float32(10 ** ((level - decibels(clip) - snr) / 20))
+            clip *= np.float32(10 ** ((level_db - decibels(clip) - snr) / 20))
             mixed += clip
         return mixed
 
-    def code(self, audio, rng):
-        """audio (samples,) through a codec drawn at random, two of three times a telephone's.
+    def through_random_codec(self, audio, rng):
+        """Sends audio (samples,) through a random codec: a telephone's two times in three.
 
-        Half of the telephones also limit the band.
+        Half of the telephones also keep only their band.
         """
         group = TELEPHONE if rng.random() < 2 / 3 else INTERNET
         codec = self.codecs[rng.choice([name for name in group if name in self.codecs])]
-        limited = codec.rate == TELEPHONE_RATE and rng.random() < 0.5
-        level = rng.uniform(*codec.levels) if codec.levels else None
-        return through_codec(audio, codec, level, limited)
+        telephone_band = codec.rate == TELEPHONE_RATE and rng.random() < 0.5
+        compression = rng.uniform(*codec.levels) if codec.levels else None
+        return through_codec(audio, codec, compression, telephone_band)
 
     def path(self, index):
-        """Path of an utterance's file."""
+        """Returns the path of an utterance's file."""
         return os.path.join(self.train_path, self.names[index])
 
-    def read_utterance(self, index, length, rng):
-        """`length` samples of an utterance or, where its file cannot be used, of another one.
+    def read_or_replace(self, index, length, rng):
+        """Reads `length` samples of an utterance; returns (samples, index).
 
-        That is drawn from the same speaker's.
+        If its file cannot be used, another utterance replaces it, whose index is returned. Which
+        one depends on (seed, epoch, index) alone, so not on which files are known to be bad.
         """
-        try:
-            return read_crop(self.path(index), length, rng)
-        except BadInput as error:
-            if not self.bad_audio:
-                raise
-            self.bad_audio.add(str(error))
-        # The replacement, too, depends on (seed, epoch, index) alone, so not on which files are
-        # known to be bad.
+
+        def read(candidate):
+            return read_crop(self.path(candidate), length, rng), candidate
+
+        return first_usable(self.draw_replacements(index, rng), read, self.list_fault)
+
+    def draw_replacements(self, index, rng):
+        """Yields an utterance's index, then those of others of its speaker, then of any speaker."""
+        yield index
         same = np.flatnonzero(self.labels == self.labels[index]).tolist()
-        for other in rng.sample(same, len(same)):
-            with contextlib.suppress(BadInput):
-                return read_crop(self.path(other), length, rng)
-        speaker = self.speakers[self.labels[index]]
-        raise BadInput(f'speaker {speaker} has no file that can be used: take them out')
+        yield from rng.sample(same, min(len(same), ATTEMPTS // 2))
+        while True:
+            yield rng.randrange(len(self))
+
+    def count_folders(self):
+        """Returns {folder of noises or rooms: its number of files}."""
+        folders = {noises.folder: len(noises.paths) for noises in self.noises.values()}
+        return {**folders, self.rir_path: len(self.rirs)}
+
+    def list_fault(self, error):
+        """Lists a file that cannot be used in bad_audio; raises its BadInput if there is none."""
+        if self.bad_audio is None:
+            raise error
+        self.bad_audio.add(str(error))
+
+
+def first_usable(candidates, read, on_fault):
+    """Returns read(candidate) of the first candidate whose file can be used.
+
+    on_fault(error) is called with the BadInput of each file before. Raises the last one if none of
+    ATTEMPTS candidates can be used.
+    """
+    for number, candidate in enumerate(candidates, 1):
+        try:
+            return read(candidate)
+        except BadInput as error:
+            on_fault(error)
+            if number == ATTEMPTS:
+                raise
+    raise AssertionError('candidates never end')
+
+
+def refuse_fault(error):
+    """Raises the BadInput of a file: for first_usable, if another file may not replace it."""
+    raise error
 
 
 class NoiseFiles:
     """The recordings below a folder of MUSAN, drawn by their pieces of 5 s.
 
-    So long recordings come more often, and plain MUSAN and MUSAN cut into pieces give the same
-    clips. `pieces` are cumulative numbers of pieces, int64.
+    Long recordings are therefore drawn more often, and plain MUSAN and MUSAN cut into pieces give
+    the same clips. `pieces` are cumulative numbers of pieces, int64.
     """
 
     def __init__(self, folder):
         paths = find_audio(folder, '--musan_path')
+        self.folder = folder
         self.paths = Strings(paths)
-        # disable=None shows the bar on a terminal alone.
+        # disable=None shows the bar on a terminal only.
         shown = tqdm(paths, folder, disable=None, leave=False)
         self.pieces = np.cumsum([self.count_pieces(path) for path in shown])
 
     @staticmethod
     def count_pieces(path):
-        """Pieces of 5 s in a file, one at least."""
+        """Counts the pieces of 5 s in a file; one at least, also of a file that cannot be used."""
         # A 16-bit wav of this size is one piece: MUSAN cut into pieces has 150,000 files, too many
         # to open.
         small = os.path.exists(path) and os.path.getsize(path) <= 2 * PIECE + 1000
         if small and path.lower().endswith('.wav'):
             return 1
-        with open_audio(path) as file:
-            return 1 + max(0, (file.announced or 0) - PIECE) // PIECE_STEP
+        try:
+            with open_audio(path) as file:
+                frames = file.announced
+                if frames is None:
+                    frames = sum(len(block) for block in file.blocks())
+        except BadInput:
+            return 1
+        return 1 + max(0, frames - PIECE) // PIECE_STEP
 
-    def draw(self, rng, length, count):
-        """Yields `count` clips, float32 (length,), of different pieces where there are as many."""
+    def draw(self, rng, length, count, on_fault=refuse_fault):
+        """Yields `count` clips, float32 (length,), of different pieces if there are as many.
+
+        on_fault: as in first_usable; another piece replaces one of a file that cannot be used.
+        """
         total = int(self.pieces[-1])
         if count > total:
             pieces = rng.choices(range(total), k=count)
         else:
             pieces = rng.sample(range(total), k=count)
+        read = functools.partial(self.read_piece, rng, length)
         for piece in pieces:
-            index = np.searchsorted(self.pieces, piece, side='right')
-            before = int(self.pieces[index - 1]) if index else 0
-            first = (piece - before) * PIECE_STEP
-            yield read_crop(
-                self.paths[index], length, rng, first, PIECE, cached=True, silent_ok=True
-            )
+            others = iter(lambda: rng.randrange(total), None)
+            yield first_usable(itertools.chain([piece], others), read, on_fault)
+
+    def read_piece(self, rng, length, piece):
+        """Reads a clip of a piece, float32 (length,)."""
+        index = np.searchsorted(self.pieces, piece, side='right')
+        before = int(self.pieces[index - 1]) if index else 0
+        first = (piece - before) * PIECE_STEP
+        return read_crop(self.paths[index], length, rng, first, PIECE, cached=True, silent_ok=True)
 
 
-def through_codec(audio, codec, level=None, limited=False):
-    """audio (samples,), written by a codec and read back, float32 (samples,).
+def read_room(path):
+    """Reads a room response, float32 (taps,).
 
-    level: compression level, where the codec has levels; limited: whether to leave the telephone's
-    band alone. What would clip is turned down. The codecs have no delay (a test holds that); some
-    pad the end, which is cut.
+    Raises BadInput as read_audio does, and if the direct sound comes so late that a crop would
+    begin with silence: the response has a lead, or is not a response of a room.
+    """
+    rir = read_audio(path)
+    direct = int(np.abs(rir).argmax()) / RATE
+    if direct > LATEST_DIRECT:
+        raise BadInput(
+            f'{path}: its strongest sample comes after {direct:.2f} s, and the direct sound of a '
+            f'room response within {LATEST_DIRECT} s; cut off what is before it'
+        )
+    return rir
+
+
+def through_codec(audio, codec, compression=None, telephone_band=False):
+    """Writes audio (samples,) with a codec and reads it back; returns float32 (samples,).
+
+    compression: level, if the codec has levels; telephone_band: whether to keep only the telephone
+    band (300 to 3,400 Hz). Audio that would clip is turned down. The codecs have no delay (a test
+    holds that); some pad the end, which is cut.
     """
     samples = len(audio)
     if codec.rate != RATE:
         audio = resample_poly(audio, 1, RATE // codec.rate)
-        if limited:
+        if telephone_band:
             audio = sosfilt(telephone_filter(), audio)
     audio = audio / max(1.0, np.abs(audio).max() / 0.99)
 
     file = io.BytesIO()
-    options = {} if level is None else {'compression_level': level}
+    options = {} if compression is None else {'compression_level': compression}
     soundfile.write(
         file, audio, codec.rate, format=codec.container, subtype=codec.coding, **options
     )
@@ -421,8 +493,8 @@ def make_batches(dataset, batch_size, n_cpu, **kwargs):
     )
 
 
-def read_utterance(read, path):
-    """An utterance for evaluation as (tensor (samples,), ''), or (None, what is wrong with it).
+def audio_or_fault(read, path):
+    """Reads an utterance for evaluation; returns (tensor (samples,), '') or (None, its fault).
 
     read: read_audio or read_any.
     """
@@ -1099,6 +1171,8 @@ def decode_crop(path, length, rng, first, span):
 
 def draw_start(frames, length, rng, first, span):
     """Draws where a crop of `length` samples begins in a file of `frames`, as in read_crop."""
+    if first >= frames:
+        return 0  # the file is shorter than its header announced
     spare = min(frames - first, span or frames) - length
     if spare <= 0:
         return first
@@ -1106,17 +1180,20 @@ def draw_start(frames, length, rng, first, span):
 
 
 def read_layout(path, offset, samples):
-    """16-bit samples from a place in a file, in bytes, as float32 (samples,)."""
+    """Reads 16-bit samples from a place in a file, in bytes; returns float32 (samples,)."""
     try:
         with open(path, 'rb', buffering=0) as file:
             file.seek(offset)
-            return to_float(np.frombuffer(file.read(2 * samples), '<i2'))
+            content = file.read(2 * samples)
     except OSError as error:
         raise BadInput(f'{path}: cannot be read ({error.strerror})') from error
+    if len(content) < 2 * samples:
+        raise BadInput(f'{path}: is cut short: it was longer when training first read it')
+    return to_float(np.frombuffer(content, '<i2'))
 
 
 def wav_layout(path):
-    """(Offset in bytes, samples) of the audio in a 16-bit mono wav at 16 kHz; None for others."""
+    """Returns (offset in bytes, samples) of a whole 16-bit wav of 16 kHz, or None for others."""
     if not path.lower().endswith('.wav') or not os.path.isfile(path):
         return None
     try:
@@ -1140,14 +1217,16 @@ known_wav_layout = functools.lru_cache(maxsize=8192)(wav_layout)
 
 
 class BadAudio:
-    """A text file that lists training files which cannot be used, a line `path: reason` for each.
+    """A text file that lists audio which training cannot use, a line `path: reason` for each.
 
-    limit: how many, in percent of the utterances of an epoch, may be listed in one.
+    limit: percent of the utterances, and of the files of each folder, that may be listed in an
+    epoch; folders: {folder of noises or rooms: its number of files}.
     """
 
-    def __init__(self, path, limit):
+    def __init__(self, path, limit, folders=()):
         self.path = path
         self.limit = limit
+        self.folders = dict(folders)
         self.known = None  # lines after the last call of sort
 
     def add(self, line):
@@ -1159,9 +1238,10 @@ class BadAudio:
             raise BadInput(f'{self.path}: cannot be written ({error.strerror})') from error
 
     def sort(self, utterances):
-        """Sorts the lines, each once; returns how many were added since the call before.
+        """Sorts the lines; returns how many utterances were listed since the call before.
 
-        Raises BadInput where these are more than `limit` percent of the utterances of an epoch.
+        Raises BadInput if these are more than `limit` percent of the utterances of an epoch, or
+        the noises or rooms more than that of the files of their folder.
         """
         lines = []
         if os.path.exists(self.path):
@@ -1171,15 +1251,22 @@ class BadAudio:
         if lines != distinct:
             write_text(self.path, ''.join(f'{line}\n' for line in distinct))
 
-        added = 0 if self.known is None else len(lines) - self.known
+        added = set() if self.known is None else set(lines[self.known :])
         self.known = len(distinct)
-        if added > utterances * self.limit / 100:
+        for folder, files in self.folders.items():
+            inside = {line for line in added if line.startswith(os.path.join(folder, ''))}
+            added -= inside
+            self.refuse_many(inside, files, folder)
+        self.refuse_many(added, utterances, 'the training files')
+        return len(added)
+
+    def refuse_many(self, lines, files, role):
+        """Raises BadInput if `lines` are more than the limit of so many files."""
+        if len(lines) > files * self.limit / 100:
             raise BadInput(
-                f'more than --max_bad {self.limit:g}% of the training files cannot be used, '
-                f'{added} of {utterances} in this epoch; they are in {self.path}, the first:\n'
-                f'{distinct[0]}'
+                f'more than --max_bad {self.limit:g}% of {role} cannot be used, {len(lines)} of '
+                f'{files} in this epoch; they are in {self.path}, the first:\n{min(lines)}'
             )
-        return added
 
 
 def find_audio(folder, role, any_format=False):
@@ -1620,40 +1707,64 @@ def split_lines(content, path, role, fault):
         raise BadInput(f'{role}: {path}: the file is empty')
 
 
-def check_data(dataset, eval_files, eval_path, every_file, n_cpu, max_bad):
-    """Looks at the audio of a train_loader and of the trials, paths below the folders eval_path.
+def check_data(dataset, eval_files, every_file, n_cpu, max_bad):
+    """Looks at the audio of a train_loader and of the trials' files.
 
-    Opens all files of the trials, and reads a sample of the others; or reads every file. Prints
-    what is found. Raises BadInput that names the faulty ones, of the training files where they are
-    more than max_bad percent.
+    Reads every file; or only a sample of the training files, and the headers of the others. Prints
+    what is found. Raises BadInput that names the faulty files: any of the trials, and of the
+    training files and of a folder of noises or rooms if they are more than max_bad percent.
     """
     require(os.path.isdir, dataset.train_path, '--train_path')
-    utterances = np.arange(len(dataset.labels))
-    augmentation = [('--musan_path', list(files.paths)) for files in dataset.noises.values()]
-    augmentation.append(('--rir_path', list(dataset.rirs)))
     if every_file:
-        read_trial_file = functools.partial(read_audio, shortest=SHORTEST)
-        augmentation_cpus = n_cpu
+        check_every_file(dataset, eval_files, n_cpu, max_bad)
     else:
-        # All of VoxCeleb2 would take an hour; a wrong folder or rate shows in a sample.
-        drawn = np.random.default_rng(dataset.seed).permutation(utterances)
-        utterances = np.sort(drawn[:200])
-        augmentation = [(role, paths[:: len(paths) // 100 + 1]) for role, paths in augmentation]
-        read_trial_file = check_header
-        augmentation_cpus = 0
+        check_a_sample(dataset, eval_files, n_cpu, max_bad)
 
-    paths = [dataset.path(i) for i in utterances]
-    faults = check_audio(paths, '--train_list', read_audio, n_cpu, max_bad)
+
+def check_every_file(dataset, eval_files, n_cpu, max_bad):
+    """Reads every file that training and its tests need."""
+    paths = [dataset.path(index) for index in range(len(dataset))]
+    check_training_audio(paths, '--train_list', read_audio, n_cpu, max_bad)
+    for noises in dataset.noises.values():
+        check_training_audio(list(noises.paths), '--musan_path', read_noise, n_cpu, max_bad)
+    check_training_audio(list(dataset.rirs), '--rir_path', read_room, n_cpu, max_bad)
+    check_audio(eval_files, '--eval_list', functools.partial(read_audio, shortest=SHORTEST), n_cpu)
+
+
+def check_a_sample(dataset, eval_files, n_cpu, max_bad):
+    """Reads a sample of the training files, and the headers of all files of the trials.
+
+    All of VoxCeleb2 would take an hour; a wrong folder or rate shows in a sample.
+    """
+    drawn = np.random.default_rng(dataset.seed).permutation(len(dataset))
+    paths = [dataset.path(index) for index in np.sort(drawn[:200])]
+    check_training_audio(paths, '--train_list', read_audio, n_cpu, max_bad)
+    for noises in dataset.noises.values():
+        check_training_audio(some_of(noises.paths), '--musan_path', read_noise, 0, max_bad)
+    check_training_audio(some_of(dataset.rirs), '--rir_path', read_room, 0, max_bad)
+    check_audio(eval_files, '--eval_list', check_header, n_cpu)
+
+
+def some_of(paths, count=100):
+    """Returns about `count` of Strings, spread evenly."""
+    return [paths[index] for index in range(0, len(paths), len(paths) // count + 1)]
+
+
+def read_noise(path):
+    """Reads a noise as its clips are read: silence does no harm there."""
+    return read_audio(path, silent_ok=True)
+
+
+def check_training_audio(paths, role, read, n_cpu, max_bad):
+    """Checks files that training can replace by others; prints which it will replace."""
+    faults = check_audio(paths, role, read, n_cpu, max_bad)
     if faults:
+        kind = {'--train_list': 'training files', '--musan_path': 'noises', '--rir_path': 'rooms'}
+        lines = '\n'.join(first_lines(faults))
         say(
-            f'note          {len(faults)} of {len(paths)} training files cannot be used and will '
-            'be replaced:\n' + '\n'.join(faults[:20])
+            f'note          {len(faults)} of {len(paths)} {kind[role]} cannot be used and will be '
+            f'replaced:\n{lines}'
         )
-    for role, paths in augmentation:
-        # Silence among the noises does no harm; a silent room would leave nothing.
-        read = functools.partial(read_audio, silent_ok=role == '--musan_path')
-        check_audio(paths, role, read, augmentation_cpus)
-    check_audio(eval_files, '--eval_list', read_trial_file, n_cpu)
 
 
 def check_lists(dataset, eval_files, eval_path, speaker=''):
@@ -1768,14 +1879,14 @@ def speakers_of_many(names, speaker):
 
 
 def check_audio(paths, role, read=check_header, n_cpu=0, max_bad=0):
-    """What is wrong with files, as lines: what read(path) raises as BadInput, in n_cpu processes.
+    """Calls read(path) of each path, in n_cpu processes; returns the faults, as lines.
 
-    Raises BadInput that names the first 20 faulty ones if they are over max_bad percent.
+    Raises BadInput that names the first 20 faulty files if they are over max_bad percent, or all.
     """
     checks = parallel_map(functools.partial(fault_of, read), paths, n_cpu)
     shown = tqdm(checks, f'checking {role}', len(paths), unit='file', disable=None, leave=False)
     faults = [fault for fault in shown if fault]
-    if len(faults) > len(paths) * max_bad / 100:
+    if len(faults) > len(paths) * max_bad / 100 or len(faults) == len(paths) > 0:
         raise BadInput(
             f'{role}: {len(faults)} of {len(paths)} files checked cannot be used, the first:\n'
             + '\n'.join(faults[:20])
@@ -1784,7 +1895,7 @@ def check_audio(paths, role, read=check_header, n_cpu=0, max_bad=0):
 
 
 def fault_of(read, path):
-    """What read(path) raises as BadInput, as text; '' for nothing."""
+    """Returns what read(path) raises as BadInput, as text; '' for nothing."""
     try:
         read(path)
     except BadInput as error:

@@ -205,9 +205,7 @@ def prepare(args):
             dataset, args.batch_size, args.n_cpu, pin_memory=system.on_gpu
         )
         if process_rank() == 0:
-            dataLoader.check_data(
-                dataset, trials[0], args.eval_path, args.check, args.n_cpu, args.max_bad
-            )
+            dataLoader.check_data(dataset, trials[0], args.check, args.n_cpu, args.max_bad)
             dataLoader.check_lists(dataset, trials[0], args.eval_path, args.speaker)
     identity = run_identity(system, dataset, trials, args)
     compare_processes({**identity, 'max_epoch': args.max_epoch}, args)
@@ -605,7 +603,9 @@ def lock(file, folder):
 def open_records(run, done, args):
     """Prepares the files of --save_path: bad_audio.txt, options.txt and the checkpoints to keep."""
     # Before the first batch: loading processes have the dataset as it was when they started.
-    run.dataset.bad_audio = dataLoader.BadAudio(f'{args.save_path}/bad_audio.txt', args.max_bad)
+    run.dataset.bad_audio = dataLoader.BadAudio(
+        f'{args.save_path}/bad_audio.txt', args.max_bad, run.dataset.count_folders()
+    )
     if process_rank() == 0:
         # After resuming: a run whose options are refused must not remove anything.
         prune(args.model_save_path, args.keep, done.epoch)

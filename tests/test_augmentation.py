@@ -61,7 +61,7 @@ def test_six_kinds_are_equally_likely():
     class Recorder(train_loader):
         def __init__(self):
             self.calls = []
-            self.augmented = 5 / 6
+            self.augment_share = 5 / 6
 
         def add_rev(self, audio, rng):
             self.calls.append('reverberation')

@@ -308,19 +308,3 @@ def test_every_file_that_cannot_be_evaluated_is_named(tree, capsys):
     assert 'Traceback' not in message
     assert all(name in message for name in names)
     assert len(message.splitlines()) == 4
-
-
-def test_bad_noise_met_in_a_worker_is_named(tree, capsys):
-    """Of many files only a sample is read beforehand, here every second one."""
-    folder = Path(tree['musan_path'], 'speech/source/recording')
-    for number in range(150):
-        path = folder / f'{number:05d}.wav'
-        write_wav(path, SOUND, subtype='PCM_16')
-        if number % 2:
-            cut_flac(path)
-
-    options = dict(SMALL, n_cpu=1, batch_size=12, max_epoch=9)
-    message = refusal(command_line(**options, **tree), capsys)
-    assert 'speech/source/recording' in message
-    assert 'cut short' in message
-    assert len(message.splitlines()) == 1

@@ -81,7 +81,7 @@ def drop_part(audio, rng):
     ('dataLoader.py', '        self.codecs = usable', '        self.drop = drop\n'),
     (
         'dataLoader.py',
-        '        if rng.random() >= self.augmented:',
+        '        if rng.random() >= self.augment_share:',
         """        if rng.random() < self.drop:
             audio = drop_part(audio, rng)
 """,

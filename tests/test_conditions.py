@@ -56,7 +56,7 @@ def test_a_loud_crop_is_turned_down_and_not_clipped():
 
 def test_a_telephone_has_its_band():
     noise = 0.1 * np.random.default_rng(0).standard_normal(32000)
-    spectrum = np.abs(np.fft.rfft(through_codec(noise, TELEPHONE['alaw'], limited=True)))
+    spectrum = np.abs(np.fft.rfft(through_codec(noise, TELEPHONE['alaw'], telephone_band=True)))
     hertz = np.fft.rfftfreq(32000, 1 / 16000)
     inside = spectrum[(hertz > 500) & (hertz < 3000)].mean()
     assert spectrum[hertz < 100].mean() < 0.05 * inside
@@ -73,8 +73,8 @@ def test_the_share_of_coded_crops(tree, monkeypatch, share):
     names = {codec: name for name, codec in ALL.items()}
     drawn = []
 
-    def watched(audio, codec, level, limited):
-        drawn.append((names[codec], limited))
+    def watched(audio, codec, compression, telephone_band):
+        drawn.append((names[codec], telephone_band))
         return audio
 
     dataset = train_loader(**training_options(tree), num_frames=20, augment=0, codec=share)

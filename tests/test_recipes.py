@@ -362,7 +362,7 @@ def test_share_of_augmented_crops(share):
     class Recorder(train_loader):
         def __init__(self):
             self.calls = []
-            self.augmented = share
+            self.augment_share = share
 
         def add_rev(self, audio, rng):
             self.calls.append('reverberation')

@@ -519,16 +519,14 @@ def test_the_replacement_is_of_the_same_speaker(tree):
     dataset.bad_audio = dataLoader.BadAudio(f'{tree["train_path"]}/bad.txt', 100)
     dataset.augment = lambda audio, rng: audio
     position = dataset.labels.tolist().index(1) + 1
+    assert len(dataset[1, position][0]) == 19920
+    whole = wave(1, 20000)
     for epoch in range(1, 5):
         audio, label = dataset[epoch, position]
         assert label == 1
-        np.testing.assert_allclose(audio, wave(1, 20000)[: len(audio)], atol=1e-3) if len(
-            audio
-        ) == 20000 else None
-    for number in (0, 2):
-        Path(tree['train_path'], f'id1/session/{number:05d}.wav').unlink()
-    with pytest.raises(BadInput, match='speaker id1 has no file'):
-        dataset[9, position]
+        # The crop may begin at each of the 81 places that the file has for it.
+        errors = [np.abs(audio.numpy() - whole[n : n + 19920]).max() for n in range(81)]
+        assert min(errors) < 1e-3
 
 
 def test_a_run_stops_when_too_much_is_bad(tree, capsys, monkeypatch):

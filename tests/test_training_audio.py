@@ -1,0 +1,208 @@
+"""What happens if a file that training reads is bad: utterance, noise or room."""
+
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import command_line, wave, write_wav
+
+import dataLoader
+import trainECAPAModel
+from dataLoader import BadAudio, read_room, reverberate, train_loader
+from tools import BadInput
+
+pytestmark = pytest.mark.usefixtures('short_crops')
+SOUND = 0.1 * np.random.default_rng(0).standard_normal(20000)
+SMALL = {'C': 8, 'num_frames': 20, 'batch_size': 4, 'n_cpu': 0, 'device': 'cpu'}
+PARTS = {
+    'musan_path': 'noise/source/recording/00000.wav',
+    'rir_path': 'smallroom/Room001/Room001-00000.wav',
+}
+
+
+def run(tree, *flags, **options):
+    trainECAPAModel.main(command_line(*flags, **{**SMALL, **tree, **options}))
+
+
+def refusal(capsys, tree, *flags, **options):
+    """What the command prints on standard error when it ends with status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(tree, *flags, **options)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def make_dataset(tree, bad_audio=None, **options):
+    names = ('train_list', 'train_path', 'musan_path', 'rir_path')
+    dataset = train_loader(**{name: tree[name] for name in names}, num_frames=20, **options)
+    if bad_audio:
+        dataset.bad_audio = BadAudio(str(bad_audio), 100, dataset.count_folders())
+    return dataset
+
+
+def write_cut(path):
+    """Writes a wav that ends before the samples that its header announces."""
+    content = Path(write_wav(path, SOUND)).read_bytes()
+    Path(path).write_bytes(content[:9999])
+
+
+BAD = {
+    'empty': lambda path: write_wav(path, SOUND[:0], subtype='PCM_16'),
+    '8 kHz': lambda path: write_wav(path, SOUND, rate=8000),
+    'stereo, 48 kHz': lambda path: write_wav(path, np.stack([SOUND, SOUND], axis=1), rate=48000),
+    'not finite': lambda path: write_wav(path, SOUND * np.inf),
+    'cut short': write_cut,
+    'text': lambda path: Path(path).write_text('<html>not found</html>'),
+    'gone': lambda path: Path(path).unlink(),
+}
+
+
+@pytest.mark.parametrize('fault', BAD)
+@pytest.mark.parametrize('option', PARTS)
+def test_a_bad_noise_or_room_is_drawn_again_and_listed(tree, tmp_path, option, fault):
+    bad = f'{tree[option]}/{PARTS[option]}'
+    write_wav(bad, SOUND[:3000], subtype='PCM_16')
+    dataset = make_dataset(tree, tmp_path / 'bad_audio.txt', augment=1.0)
+    BAD[fault](bad)
+    crops = [dataset[1, index][0] for index in range(12) for _ in range(5)]
+    crops += [dataset[epoch, index][0] for epoch in (2, 3, 4) for index in range(12)]
+    assert all(crop.isfinite().all() and crop.any() for crop in crops)
+    lines = (tmp_path / 'bad_audio.txt').read_text().splitlines()
+    assert lines and {line.split(': ')[0] for line in lines} == {bad}
+    # The same draw gives the same crop, as a run that is continued needs it.
+    assert all((dataset[3, index][0] == crops[72 + index]).all() for index in range(12))
+
+
+@pytest.mark.parametrize('option', PARTS)
+def test_bad_noises_and_rooms_count_to_max_bad_of_their_folder(tree, capsys, option, monkeypatch):
+    folder = str(Path(tree[option], PARTS[option]).parent)
+    for number in range(20):
+        write_wav(f'{folder}/{number:05d}.wav', SOUND[:3000], subtype='PCM_16')
+    files = len(list(Path(tree[option]).rglob('*.wav')))
+    if option == 'musan_path':
+        files = len(list(Path(tree[option], 'noise').rglob('*.wav')))
+    monkeypatch.setattr(dataLoader, 'check_data', lambda *args: None)
+    read_utterances = train_loader.read_or_replace
+    spoilt = []
+
+    def spoil(dataset, *args):
+        """After the start, as a disk fails."""
+        if not spoilt:
+            spoilt.extend(sorted(Path(folder).glob('000*.wav'))[:15])
+            for path in spoilt:
+                path.write_bytes(b'')
+        return read_utterances(dataset, *args)
+
+    monkeypatch.setattr(train_loader, 'read_or_replace', spoil)
+    options = {'max_epoch': 4, 'batch_size': 12, 'augment': 1, 'test_step': 4}
+    run({**tree, 'save_path': f'{tree["save_path"]}1'}, max_bad=90, **options)
+    spoilt.clear()
+    message = refusal(capsys, tree, max_bad=0.1, **options)
+    assert '--max_bad 0.1%' in message
+    assert re.search(rf'\d of {files} ', message)
+    assert str(folder) in message
+
+
+def one_utterance_of_zz(tree):
+    """Adds a speaker with one utterance, which is missing, to the training list."""
+    with open(tree['train_list'], 'a') as file:
+        file.write('zz zz/session/00000.wav\n')
+
+
+def test_a_speaker_without_a_good_file_is_replaced_by_others_with_their_labels(tree, tmp_path):
+    for speaker in range(4):
+        for number in range(3):
+            path = f'{tree["train_path"]}/id{speaker}/session/{number:05d}.wav'
+            write_wav(path, wave(speaker, 3440))
+    one_utterance_of_zz(tree)
+    dataset = make_dataset(tree, tmp_path / 'bad_audio.txt', augment=0)
+    labels = set()
+    for epoch in range(1, 30):
+        audio, label = dataset[epoch, 12]
+        np.testing.assert_allclose(audio, wave(label, 3440), atol=1e-6)
+        labels.add(label)
+    assert labels == {0, 1, 2, 3}
+    (line,) = set((tmp_path / 'bad_audio.txt').read_text().splitlines())
+    assert 'zz/session/00000.wav' in line
+
+
+def test_check_and_training_agree_on_a_speaker_without_a_good_file(tree, capsys):
+    one_utterance_of_zz(tree)
+    run(tree, '--check', max_bad=10)
+    assert 'zz/session/00000.wav' in capsys.readouterr().out
+    run(tree, max_bad=10, batch_size=13, max_epoch=1)
+    assert '1 utterances replaced' in capsys.readouterr().out
+    assert 'zz/session/00000.wav' in refusal(capsys, tree, '--check', max_bad=5)
+    assert 'zz/session/00000.wav' in refusal(capsys, tree, max_bad=5, max_epoch=2)
+
+
+@pytest.mark.parametrize('option', PARTS)
+def test_check_reads_every_noise_and_room_by_the_rule_of_training(tree, capsys, option):
+    folder = Path(tree[option], PARTS[option]).parent
+    for number in range(300):
+        write_wav(folder / f'{number:05d}.wav', SOUND[:2000], subtype='PCM_16')
+    (folder / '00001.wav').write_bytes(b'')
+    run(tree, '--check')
+    assert '00001.wav' in capsys.readouterr().out
+    message = refusal(capsys, tree, '--check', max_bad=0.1)
+    assert option in message and '00001.wav' in message
+
+
+def test_check_refuses_what_is_bad_as_a_whole(tree, capsys):
+    for path in Path(tree['rir_path']).rglob('*.wav'):
+        write_wav(path, 0 * SOUND)
+    assert '--rir_path' in refusal(capsys, tree, '--check', max_bad=100)
+
+
+def room(delay, samples=8000):
+    """A decaying response whose direct sound comes after `delay` seconds."""
+    rng = np.random.default_rng(1)
+    decay = np.exp(-np.arange(samples) / 1000)
+    response = 0.3 * rng.standard_normal(samples) * decay
+    response[0] = 2
+    return np.concatenate([np.zeros(int(16000 * delay)), response])
+
+
+@pytest.mark.parametrize(
+    'delay, usable', [(0, True), (0.069, True), (0.19, True), (0.21, False), (2.5, False)]
+)
+def test_a_room_whose_direct_sound_is_late_is_refused(tmp_path, delay, usable):
+    path = write_wav(tmp_path / 'room.wav', room(delay))
+    if not usable:
+        with pytest.raises(BadInput, match='room.wav'):
+            read_room(path)
+        return
+    rir = read_room(path)
+    np.testing.assert_allclose(rir, room(delay), atol=1e-6)
+    # As published: the response with unit energy, from its first sample on.
+    expected = np.convolve(SOUND, rir / np.linalg.norm(rir))[: len(SOUND)]
+    np.testing.assert_allclose(reverberate(SOUND, rir), expected, atol=1e-5)
+
+
+def test_a_late_room_is_found_by_check_and_never_used(tree, tmp_path, capsys):
+    late = Path(tree['rir_path'], 'smallroom/Room001/late.wav')
+    write_wav(late, room(2.5), subtype='PCM_16')
+    assert 'late.wav' in refusal(capsys, tree, '--check')
+    dataset = make_dataset(tree, tmp_path / 'bad_audio.txt')
+    rng = random.Random(0)
+    for _ in range(20):
+        assert np.abs(dataset.add_rev(SOUND[:3440], rng)).max() > 0.01
+    assert 'late.wav' in (tmp_path / 'bad_audio.txt').read_text()
+
+
+def test_noises_given_as_rooms_are_refused(tree, capsys):
+    for path in Path(tree['musan_path']).rglob('*.wav'):
+        write_wav(path, np.concatenate([SOUND, 2 * SOUND]), subtype='PCM_16')
+    assert '--rir_path' in refusal(capsys, {**tree, 'rir_path': tree['musan_path']}, '--check')
+
+
+@pytest.mark.parametrize('channels, rate', [(1, 48000), (2, 16000), (8, 48000)])
+def test_rooms_of_another_format_get_the_line_that_converts_them(tree, capsys, channels, rate):
+    for path in Path(tree['rir_path']).rglob('*.wav'):
+        write_wav(path, np.tile(room(0)[:, None], channels), rate=rate)
+    message = refusal(capsys, tree)
+    assert f'{rate} Hz' in message
+    assert 'ffmpeg -i' in message
