@@ -47,6 +47,7 @@ SPEAKER_RULE = (
 
 # 1. Measures: scores of trials and their normalisation; EER and minDCF, and how sure these are;
 # accuracy.
+# In the shapes, D is the size of an embedding: 192 for ECAPA-TDNN.
 
 
 class Scored(NamedTuple):
@@ -57,9 +58,9 @@ class Scored(NamedTuple):
 
 
 def score_kinds(embeddings, pairs, cohort=None, top_n=None, subtract_mean=False):
-    """All kinds of scores {kind: (N,)} of pairs (N, 2) of rows of embeddings (files, 2, 192).
+    """All kinds of scores {kind: (N,)} of pairs (N, 2) of rows of embeddings (files, 2, D).
 
-    embeddings: as ECAPAModel.embed_files makes them, or means of these; cohort: (speakers, 2, 192).
+    embeddings: as ECAPAModel.embed_files makes them, or means of these; cohort: (speakers, 2, D).
     'raw' is always there. With top_n there is 'asnorm', by the top_n closest speakers of the
     cohort. With subtract_mean there is 'centred', and with top_n 'centred asnorm'.
     """
@@ -88,12 +89,12 @@ def vectors_of_kinds(embeddings, cohort, subtract_mean):
 
 
 def unit_length(vectors):
-    """Vectors (..., 192) scaled to length 1."""
+    """Vectors (..., D) scaled to length 1."""
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
 def score_pairs(embeddings, pairs):
-    """Scores (N,) of pairs (N, 2) of rows of embeddings (files, 2, 192).
+    """Scores (N,) of pairs (N, 2) of rows of embeddings (files, 2, D).
 
     A score is half the cosine of the whole utterances plus half the mean cosine of the 25 pairs of
     their crops.
@@ -111,7 +112,7 @@ def score_pairs(embeddings, pairs):
 def as_norm(scores, embeddings, pairs, cohort, top_n):
     """Adaptive symmetric score normalisation (Matejka et al., Interspeech 2017, eq. 3 and 4).
 
-    scores: (N,) of pairs (N, 2) of rows of embeddings (files, 2, 192); cohort, top_n: as in
+    scores: (N,) of pairs (N, 2) of rows of embeddings (files, 2, D); cohort, top_n: as in
     cohort_moments. Returns float32 (N,).
     """
     mean, std = cohort_moments(embeddings, cohort, top_n)
@@ -121,7 +122,7 @@ def as_norm(scores, embeddings, pairs, cohort, top_n):
 def cohort_moments(embeddings, cohort, top_n):
     """Computes mean and deviation of the top_n highest scores of each file against a cohort.
 
-    embeddings: (files, 2, 192); cohort: (speakers, 2, 192), scored against each file as a trial is,
+    embeddings: (files, 2, D); cohort: (speakers, 2, D), scored against each file as a trial is,
     all of them if they are fewer than top_n. Returns float32 (2, files). Raises BadInput if a file
     scores the same against all of them.
     """
