@@ -61,6 +61,7 @@ def test_scripts_may_pass_all_published_options_to_every_part(tree):
 def test_every_option_counts_when_a_run_is_continued_unless_it_is_harmless(tree):
     parser = trainECAPAModel.make_parser()
     args = parser.parse_args(command_line(**SMALL, **tree, schedule='cosine'))
+    args.command = ''
     identity = trainECAPAModel.prepare(args).identity
     options = set(vars(args))
     assert set(identity) == options - HARMLESS
