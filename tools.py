@@ -58,11 +58,11 @@ class Scored(NamedTuple):
 
 
 def score_kinds(embeddings, pairs, cohort=None, top_n=None, subtract_mean=False):
-    """All kinds of scores {kind: (N,)} of pairs (N, 2) of rows of embeddings (files, 2, D).
+    """Computes all kinds of scores of pairs (N, 2) of rows of embeddings (files, 2, D).
 
-    embeddings: as ECAPAModel.embed_files makes them, or means of these; cohort: (speakers, 2, D).
-    'raw' is always there. With top_n there is 'asnorm', by the top_n closest speakers of the
-    cohort. With subtract_mean there is 'centred', and with top_n 'centred asnorm'.
+    embeddings: what ECAPAModel.embed_files returns, or means of these; cohort: (speakers, 2, D).
+    Returns {kind: (N,)}: always 'raw'; with top_n also 'asnorm', by the top_n closest speakers of
+    the cohort; with subtract_mean also 'centred'; with both also 'centred asnorm'.
     """
     scores = {}
     for kind, vectors, speakers in vectors_of_kinds(embeddings, cohort, subtract_mean):
@@ -89,19 +89,19 @@ def vectors_of_kinds(embeddings, cohort, subtract_mean):
 
 
 def unit_length(vectors):
-    """Vectors (..., D) scaled to length 1."""
+    """Scales vectors (..., D) to length 1."""
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
 def score_pairs(embeddings, pairs):
-    """Scores (N,) of pairs (N, 2) of rows of embeddings (files, 2, D).
+    """Computes scores (N,) of pairs (N, 2) of rows of embeddings (files, 2, D).
 
     A score is half the cosine of the whole utterances plus half the mean cosine of the 25 pairs of
     their crops.
     """
     vectors = embeddings.reshape(len(embeddings), -1)
     scores = np.empty(len(pairs), vectors.dtype)
-    # In blocks, as the vectors of all pairs of a long list would fill the memory.
+    # In blocks: the vectors of all pairs of a long list would fill the memory.
     for start in range(0, len(pairs), 4096):
         block = slice(start, start + 4096)
         enrolment, test = pairs[block].T
@@ -110,7 +110,7 @@ def score_pairs(embeddings, pairs):
 
 
 def as_norm(scores, embeddings, pairs, cohort, top_n):
-    """Adaptive symmetric score normalisation (Matejka et al., Interspeech 2017, eq. 3 and 4).
+    """Normalises scores by adaptive s-norm (Matejka et al., Interspeech 2017, eq. 3 and 4).
 
     scores: (N,) of pairs (N, 2) of rows of embeddings (files, 2, D); cohort, top_n: as in
     cohort_moments. Returns float32 (N,).
@@ -264,7 +264,7 @@ def ComputeErrorRates(scores, labels):
 
 
 def ComputeMinDcf(fnrs, fprs, thresholds, p_target, c_miss, c_fa):
-    """Minimum of the normalised detection cost (NIST SRE 2008), and the threshold it is at."""
+    """Returns the minimum of the normalised detection cost (NIST SRE 2008), and its threshold."""
     costs = c_miss * np.asarray(fnrs) * p_target + c_fa * np.asarray(fprs) * (1 - p_target)
     best = np.argmin(costs)
     return costs[best] / min(c_miss * p_target, c_fa * (1 - p_target)), thresholds[best]
@@ -295,8 +295,8 @@ def fewest_others(name):
 def interval_of(values, speakers):
     """Returns [low, high], the interval of 95 % of replicates (R,); NaN is left out.
 
-    The percentiles are expanded, as replicates of few speakers vary too little (Hesterberg, The
-    American Statistician, 2015).
+    The percentiles are expanded, because replicates of few speakers vary too little (Hesterberg,
+    The American Statistician, 2015).
     """
     quantile = stdtrit(speakers - 1, 0.025) * math.sqrt(speakers / (speakers - 1))
     tail = 100 * ndtr(quantile)
@@ -305,27 +305,29 @@ def interval_of(values, speakers):
 
 
 def draw_speakers(count, replicates=REPLICATES, seed=0):
-    """How often each of `count` speakers is drawn in a replicate, int64 (replicates, count).
+    """Draws speakers for replicates: how often each of `count` is drawn, int64 (replicates, count).
 
-    A replicate draws as many speakers as there are, with replacement; the same ones for the same
-    count, so that two sets of scores of one list can be compared replicate by replicate.
+    A replicate draws `count` speakers with replacement. The draws are the same for the same count,
+    so that two sets of scores of one list can be compared replicate by replicate.
     """
     rng = np.random.default_rng(seed)
     return rng.multinomial(count, np.full(count, 1 / count), size=replicates)
 
 
 def replicate_figures(scores, labels, speakers, draws, title=None):
-    """FIGURES (replicates, 3) of scores (N,) with labels (N,), by a joint bootstrap over speakers.
+    """Computes FIGURES of replicates of a trial list, by a joint bootstrap over speakers.
 
-    speakers: int (N, 2), the two of each trial; draws: what draw_speakers returns; title: of a
-    progress bar. In a replicate that draws a speaker c times, a target trial weighs c, and a
-    non-target trial the product of the c of its two speakers. So both sides of a trial vary, and
-    trials that share a speaker vary together; compare the bootstrap of rows and columns of Owen,
-    Annals of Applied Statistics, 2007. NaN if a replicate lacks target or non-target trials.
+    scores, labels: (N,); speakers: int (N, 2), the two of each trial; draws: what draw_speakers
+    returns; title: of a progress bar. If a replicate draws a speaker c times, a target trial counts
+    c times, and a non-target trial as often as the product of the c of its two speakers. So both
+    sides of a trial vary, and trials that share a speaker vary together; compare the bootstrap of
+    rows and columns of Owen, Annals of Applied Statistics, 2007.
+
+    Returns (replicates, 3); NaN if a replicate has no target or no non-target trials.
     """
     _, is_target, ends, order = sort_by_score(scores, labels)
     first, second = np.asarray(speakers)[order].T
-    # A target trial is weighed by one of its sides only: the other is a speaker drawn once.
+    # A target trial counts by one of its sides only: the other is a speaker who is drawn once.
     second = np.where(is_target, -1, second)
 
     def figures_of(counts):
@@ -590,7 +592,8 @@ def read_list_scores(folder, trial_list, entry):
         if not lowest - 1e-6 <= eer <= highest + 1e-6:
             raise BadInput(
                 f'{path}: these {kind} scores have an EER of {highest:.4f}%, but results.json says '
-                f'{eer:.4f}%: they are of another evaluation; score {trial_list} again'
+                f'{eer:.4f}%: they are of another evaluation, or an older version of this code '
+                f'wrote them; score {trial_list} again'
             )
     return labels, dict(zip(kinds, scores.T)), names
 

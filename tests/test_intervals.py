@@ -140,7 +140,7 @@ def test_intervals_hold_the_truth_as_often_as_the_manual_says(capsys):
                 low, high = interval_of(column, speakers)
                 held[name] += low <= value <= high
             low, high = interval_by_trials(*trials, seed)
-            held['EER by trials'] += low <= truth[0] <= high
+            held['EER by trials'] += bool(low <= truth[0] <= high)
         shares = {name: count / 2 for name, count in held.items()}
         lines.append(f'{speakers} speakers: {shares}')
         assert bounds[0] <= shares['EER'] <= bounds[1]
