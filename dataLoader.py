@@ -68,11 +68,13 @@ ATTEMPTS = 100  # files that are tried in place of one that cannot be used
 EVAL_CROP = 300 * 160 + 240
 SHORTEST = 257  # samples that a spectrogram needs, half a window to either side being a reflection
 LABELS = {b'1': 1, b'0': 0, b'target': 1, b'nontarget': 0}  # 1: the same speaker
-# Audio and video that people have, and that soundfile does not read or training does not use.
-OTHER_AUDIO = (
-    '.m4a', '.mp3', '.ogg', '.oga', '.opus', '.aac', '.amr', '.wma', '.mp4', '.webm', '.3gp',
-    '.aif', '.aiff', '.au', '.caf', '.sph', '.w64', '.mka', '.mkv', '.mov', '.avi', '.m4b', '.ape',
-)  # fmt: skip
+TRAINING_AUDIO = ('.wav', '.flac')  # endings of the files of lists, noises and rooms
+# Endings of audio, and of video with audio, whether soundfile reads them or not.
+AUDIO = {f'.{name.lower()}' for name in soundfile.available_formats()} | {
+    '.aac', '.aif', '.amr', '.ape', '.avi', '.m4a', '.m4b', '.mka', '.mkv', '.mov', '.mp4', '.oga',
+    '.opus', '.sph', '.webm', '.wma', '.3gp',
+}  # fmt: skip
+AUDIO -= {'.raw'}
 CONVERT = 'ffmpeg -i IN -ar 16000 -ac 1 OUT.wav converts it'
 # Folders that systems make beside people's own, apart from hidden ones.
 LEFT_BEHIND = ('__MACOSX', '@eaDir', '$RECYCLE.BIN', 'System Volume Information', 'lost+found')
@@ -1270,41 +1272,50 @@ class BadAudio:
 
 
 def find_audio(folder, role, any_format=False):
-    """Sorted paths of all wav and flac files below a folder, or of all that soundfile reads.
+    """Sorted paths of all wav and flac files below a folder; notes name the other audio files.
 
-    Notes name other audio files, which are left out. Raises BadInput if no file can be used.
+    any_format: of all audio files, for readers that say of each whether it can be used. Raises
+    BadInput if there is none.
     """
-    paths, left_out = find_usable(folder, role, any_format)
+    if any_format:
+        paths = [entry.path for entry in walk(folder, role) if ending_of(entry) in AUDIO]
+        if not paths:
+            raise BadInput(f'{role}: no audio file ({", ".join(sorted(AUDIO))}) below {folder}')
+        return sorted(paths)
+
+    paths, left_out = find_usable(folder, role)
     if left_out:
         lines = [f'{path}: {reason}' for path, reason in left_out.items()]
         note('\n'.join([f'{len(lines)} files are left out:', *first_lines(lines)]))
     return paths
 
 
-def find_usable(folder, role, any_format=False):
-    """Returns (what find_audio returns, {path: reason} of the audio files that are left out)."""
-    endings = ('.wav', '.flac')
-    if any_format:
-        known = {f'.{name.lower()}' for name in soundfile.available_formats()} - {'.raw'}
-        endings = tuple(sorted(known | {'.aif', '.oga', '.opus', '.sph'}))
+def find_usable(folder, role):
+    """Returns (sorted paths of all wav and flac files, {path: why another one is left out})."""
     paths = []
     left_out = {}
     for entry in walk(folder, role):
-        _, ending = os.path.splitext(entry.name.lower())
-        if ending not in endings and ending not in OTHER_AUDIO:
+        ending = ending_of(entry)
+        if ending not in AUDIO:
             continue
         if not is_file(entry):
             left_out[entry.path] = 'is not a file, or a link to a file that is not there'
-        elif ending not in endings:
+        elif ending not in TRAINING_AUDIO:
             left_out[entry.path] = f'{ending} files are not read; {CONVERT}'
         else:
             paths.append(entry.path)
 
     if not paths:
-        message = f'{role}: no {" or ".join(endings)} file below {folder}'
+        message = f'{role}: no {" or ".join(TRAINING_AUDIO)} file below {folder}'
         lines = [f'{path}: {reason}' for path, reason in left_out.items()]
         raise BadInput('\n'.join([message, *first_lines(lines)]))
     return sorted(paths), dict(sorted(left_out.items()))
+
+
+def ending_of(entry):
+    """The ending of the name of an os.DirEntry, in lower case."""
+    _, ending = os.path.splitext(entry.name.lower())
+    return ending
 
 
 def walk(folder, role):
