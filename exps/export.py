@@ -3,11 +3,13 @@
     pip install onnx onnxruntime
     python -m exps.export exps/exp1/model/model_0080.model --out ecapa.onnx
 
-Input `waveform`, float32 (batch, samples): 16 kHz, mono, in [-1, 1], 257 samples or more, all of a
-batch of one length. Output `embedding`, float32 (batch, 192), of unit length: that of whole
-utterances, as exps.embed writes it. Opset 17. The metadata name the checkpoint's SHA-256, the
-commit and the versions. Nothing is written unless onnxruntime gives the embeddings that PyTorch
-gives, within 1e-4, at five lengths from 0.3 to 30 s.
+Input `waveform`, float32 (batch, samples): 16 kHz, mono, in [-1, 1], at least 257 samples, all
+utterances of a batch of one length (padding with zeros changes an embedding). Output `embedding`,
+float32 (batch, 192), of unit length: that of whole utterances, as exps.embed writes it. Opset 17.
+The metadata say the same, and name the checkpoint's SHA-256, the commit and the versions.
+
+Nothing is written unless onnxruntime gives the embeddings that PyTorch gives, within 1e-4, at five
+lengths from 0.3 to 30 s, and an error for shorter input than 257 samples.
 """
 
 import argparse
@@ -20,9 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dataLoader import RATE, require
+from dataLoader import RATE, SHORTEST, require
 from ECAPAModel import model_of, read_checkpoint
-from exps.demo.voices import draw_voice, speak
 from model import HOP
 from tools import BadInput, command_of, exit_on_bad_input, provenance, write_whole
 
@@ -64,6 +65,7 @@ def export(args):
     settings = onnxruntime.SessionOptions()
     # No threads of its own, for which a process that is forked from this one would wait.
     settings.intra_op_num_threads = 1
+    settings.log_severity_level = 4  # no log of the error that is tried on purpose
     providers = ['CPUExecutionProvider']
     session = onnxruntime.InferenceSession(content, settings, providers=providers)
     for seconds, difference in differences(system, session):
@@ -74,6 +76,11 @@ def export(args):
                 f'{args.model}: onnxruntime differs by more than {BOUND:g}, so {args.out} is not '
                 'written'
             )
+    if not refuses(session, SHORTEST - 1):
+        raise BadInput(
+            f'{args.model}: onnxruntime {onnxruntime.__version__} takes input that is too short, '
+            f'so {args.out} is not written'
+        )
     write_whole(args.out, lambda file: file.write(content))
     print(f'written: {args.out}, {len(content) / 1e6:.1f} MB, opset {OPSET}')
 
@@ -88,7 +95,8 @@ def metadata(args, sha256):
         'versions': versions,
         'checkpoint': args.model,
         'sha256': sha256,
-        'input': f'{RATE} Hz, mono, in [-1, 1]',
+        'input': f'{RATE} Hz, mono, in [-1, 1]; at least {SHORTEST} samples; all utterances of a '
+        'batch of one length, not padded',
     }
     # Names of files need not be UTF-8.
     return {name: text.encode('utf-8', 'backslashreplace').decode() for name, text in texts.items()}
@@ -112,11 +120,17 @@ class FromWaveform(nn.Module):
         spectrum = torch.cat([angles.cos() * window, angles.sin() * window])
         self.spectrum = spectrum.float().unsqueeze(1)  # (514, 1, 512)
 
+        # The samples that are reflected at the beginning and at the end. Padding by reflection is
+        # not checked by old runtimes, which read other memory if the input is too short.
+        distance = torch.arange(1, mel.n_fft // 2 + 1)
+        self.first = distance.flip(0)
+        self.last = -1 - distance
+
     def forward(self, waveform):
         """Unit embeddings (B, 192) of waveforms (B, samples)."""
         preemphasis, mel = self.encoder.torchfbank
-        x = preemphasis(waveform).unsqueeze(1)
-        x = F.pad(x, [mel.n_fft // 2] * 2, 'reflect')
+        x = preemphasis(waveform)
+        x = torch.cat([x[:, self.first], x, x[:, self.last]], dim=1).unsqueeze(1)
         squares = F.conv1d(x, self.spectrum, stride=HOP).square()
         cosines, sines = squares.chunk(2, dim=1)  # (B, 257, T) each
         x = (mel.mel_scale.fb.T @ (cosines + sines) + 1e-6).log()  # (B, 80, T)
@@ -145,26 +159,34 @@ def to_onnx(system):
 
 
 def differences(system, session):
-    """Yields (seconds, largest difference of the session's embeddings from the system's).
-
-    The embeddings are of two synthetic voices.
-    """
-    rng = np.random.default_rng(0)
-    longest = max(SECONDS)
-    voices = []
-    for _ in range(2):
-        voice = np.resize(speak(rng, draw_voice(rng), longest), int(longest * RATE))
-        voices.append(0.3 * voice / np.abs(voice).max())
-    voices = np.stack(voices).astype(np.float32)
+    """Yields (seconds, largest difference of the session's embeddings from the system's)."""
+    longest = speech_like_noise(2, max(SECONDS) * RATE)
     for seconds in SECONDS:
         # One length is tried with a batch of one.
         count = 1 if seconds == 3 else 2
-        waveform = voices[:count, : int(seconds * RATE)]
+        waveform = longest[:count, : int(seconds * RATE)]
         with torch.inference_mode():
             embedding = system.speaker_encoder(torch.from_numpy(waveform), aug=False)
         expected = F.normalize(embedding).numpy()
         (exported,) = session.run(['embedding'], {'waveform': waveform})
         yield seconds, np.abs(exported - expected).max()
+
+
+def refuses(session, samples):
+    """Returns whether a session ends in an error for input of so many samples."""
+    try:
+        session.run(['embedding'], {'waveform': speech_like_noise(2, samples)})
+    except Exception:
+        # The types of onnxruntime's errors are in a private module.
+        return True
+    return False
+
+
+def speech_like_noise(count, samples):
+    """Returns noise (count, samples) that swells and fades four times a second, as speech does."""
+    noise = np.random.default_rng(0).standard_normal((count, samples))
+    syllables = np.sin(4 * np.pi * np.arange(samples) / RATE) ** 2
+    return (0.1 * noise * syllables).astype(np.float32)
 
 
 if __name__ == '__main__':

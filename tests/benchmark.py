@@ -483,7 +483,7 @@ def step_traffic(side, C, batch_size, precision, processes=1):
 def traffic_rows(options, folder):
     """At the size of a GPU, whatever this machine is; for one GPU and as one of several."""
     C = 16 if options.quick else 1024
-    batch_size = 8 if options.quick else 400
+    batch_size = 16 if options.quick else 400
     plain_kernels, plain_size = step_traffic('plain', C, batch_size, 'fp32')
     for precision in ('fp32', 'bf16'):
         kernels, size = step_traffic('ours', C, batch_size, precision)

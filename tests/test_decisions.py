@@ -1,21 +1,20 @@
-"""From a checkpoint to a decision: lists as they come, calibration, provenance, ONNX."""
+"""From a checkpoint to a decision: lists as they come, calibration, provenance."""
 
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import command_line, portable_system, wave, write_wav
+from conftest import command_line, portable_system
 
 import tools
 import trainECAPAModel
 from dataLoader import choose_cohort, read_trial_lists
 from ECAPAModel import load_model
-from exps import calibrate, compare, export, verify
+from exps import calibrate, compare, verify
 from tools import BadInput
 
 ROOT = Path(__file__).parents[1]
@@ -495,60 +494,3 @@ def test_a_run_says_what_it_was(tree, capsys):
     assert entry['commit'].startswith(commit)
     assert '--eval' in entry['command']
     assert entry['versions']['python']
-
-
-# ONNX.
-
-
-def test_this_pytorch_still_exports():
-    """By the exporter that exps.export uses, which PyTorch calls deprecated: here it shows if it
-    is gone.
-    """
-    onnx = pytest.importorskip('onnx')
-    graph = onnx.load_from_string(export.to_onnx(portable_system(8).eval()))
-    onnx.checker.check_model(graph, full_check=True)
-    assert [opset.version for opset in graph.opset_import] == [export.OPSET]
-
-
-def test_the_ten_lines_of_the_readme_verify_with_onnxruntime(tmp_path, monkeypatch, capsys):
-    pytest.importorskip('onnxruntime')
-    onnx = pytest.importorskip('onnx')
-    system = portable_system(16)
-    system.save_parameters(tmp_path / 'x.model')
-    monkeypatch.chdir(tmp_path)
-    export.main(['x.model', '--out', 'ecapa.onnx'])
-    assert len(re.findall('largest difference', capsys.readouterr().out)) == 5
-    for number, name in enumerate(('one.wav', 'other.wav')):
-        write_wav(name, 0.3 * wave(number, 40000 + 7000 * number), subtype='PCM_16')
-
-    text = (ROOT / 'exps/README.md').read_text()
-    blocks = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
-    (lines,) = [block for block in blocks if 'onnxruntime' in block]
-    assert sum(map(bool, lines.splitlines())) == 10
-    # In a process of its own, which must not import PyTorch.
-    lines += "import sys\nassert 'torch' not in sys.modules\n"
-    done = subprocess.run([sys.executable, '-c', lines], check=True, capture_output=True, text=True)
-    a, b = load_model('x.model', device='cpu').embed(['one.wav', 'other.wav'])
-    assert float(done.stdout) == pytest.approx(a @ b, abs=1e-4)
-
-    facts = {entry.key: entry.value for entry in onnx.load('ecapa.onnx').metadata_props}
-    assert facts['sha256'] == tools.sha256(Path('x.model').read_bytes())
-    assert 'torch 2' in facts['versions']
-
-
-def test_an_onnx_file_that_differs_is_not_written(tmp_path, monkeypatch, capsys):
-    pytest.importorskip('onnxruntime')
-    torch.manual_seed(0)
-    portable_system(8).save_parameters(tmp_path / 'x.model')
-    to_onnx = export.to_onnx
-
-    def spoilt(system):
-        content = to_onnx(system)
-        with torch.no_grad():
-            system.speaker_encoder.fc6.weight.mul_(1 + 0.01 * torch.randn(192, 3072))
-        return content
-
-    monkeypatch.setattr(export, 'to_onnx', spoilt)
-    arguments = [str(tmp_path / 'x.model'), '--out', str(tmp_path / 'x.onnx')]
-    assert 'differs by more than' in refusal(capsys, export.main, arguments)
-    assert not (tmp_path / 'x.onnx').exists()
