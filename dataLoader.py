@@ -539,7 +539,7 @@ class Loader(DataLoader):
 
     def __iter__(self):
         if self.num_workers:
-            shorten_socket_names()
+            prepare_sockets()
         try:
             batches = super().__iter__()
         except OSError as error:
@@ -573,27 +573,26 @@ def why_no_processes():
     try:
         multiprocessing.Lock()
     except (OSError, ImportError) as error:
-        say(f'note          no loading processes: this machine has no semaphores ({error})')
+        note(f'no loading processes: this machine has no semaphores ({error})')
         return str(error)
     return ''
 
 
-def shorten_socket_names():
-    """Has helper processes make their sockets in /tmp if the path of TMPDIR is too long for them.
+def prepare_sockets():
+    """Makes a folder for the sockets of helper processes, in /tmp if the path of TMPDIR is long.
 
     The operating system allows 107 bytes, of which multiprocessing adds 32 to TMPDIR.
     """
     chosen = tempfile.gettempdir()
-    if len(os.fsencode(chosen)) <= 75:
-        return
-    try:
+    if len(os.fsencode(chosen)) > 75:
         tempfile.tempdir = '/tmp'
+    try:
         # Made once; the processes started later use the same folder.
-        multiprocessing.util.get_temp_dir()
+        tools.socket_folder = multiprocessing.util.get_temp_dir()
     except OSError as error:
         raise BadInput(
-            f'TMPDIR {chosen}: too long for the sockets of loading processes, and /tmp cannot be '
-            f'written ({error.strerror}): set TMPDIR to a short path, or give --n_cpu 0'
+            f'TMPDIR {chosen}: no folder for the sockets of loading processes can be made there or '
+            f'in /tmp ({error.strerror}): set TMPDIR to a short path, or give --n_cpu 0'
         ) from error
     finally:
         tempfile.tempdir = chosen
@@ -650,8 +649,7 @@ def shared_memory_errors():
             raise
         room = ''
         with contextlib.suppress(OSError):
-            usage = shutil.disk_usage('/dev/shm')
-            room = f'; {usage.free / 1e6:.0f} of {usage.total / 1e6:.0f} MB are free'
+            room = f'; /dev/shm has {shutil.disk_usage("/dev/shm").total / 1e6:.0f} MB'
         raise BadInput(
             f'a loading process has no shared memory for its result ({summary(error)}{room}): '
             f'{MORE_SHARED_MEMORY}'

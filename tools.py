@@ -17,6 +17,7 @@ import platform
 import posixpath
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -769,6 +770,7 @@ TIMEOUT = 600  # seconds after which a process that does not answer the others i
 common_store = None  # torchrun's store of keys, of the processes that train together
 turns = itertools.count()  # of first_process_first
 helpers = []  # processes that load data for this one
+socket_folder = None  # of the helpers
 
 # The options of the published command. Its scripts pass all of them to each part: f(**vars(args)).
 PUBLISHED_OPTIONS = {
@@ -1120,6 +1122,8 @@ def end_by_signal(number, resume_hint):
         for path in unfinished_files:
             with contextlib.suppress(OSError):
                 os.remove(path)
+        if socket_folder:
+            shutil.rmtree(socket_folder, ignore_errors=True)
         if process_rank() == 0:
             name = 'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'
             hint = resume_hint() if resume_hint else ''

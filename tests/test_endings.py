@@ -1,11 +1,39 @@
 """How a command ends: signals, helpers that die, streams and places that go away, options."""
 
 import argparse
+import contextlib
+import errno
+import functools
+import io
+import os
+import random
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import command_line, make_system, wave, write_wav
 
+import tools
 import trainECAPAModel
-from tools import number
+from dataLoader import (
+    make_batches,
+    parallel_map,
+    train_loader,
+    usable_processes,
+    why_no_processes,
+)
+from ECAPAModel import saved_models
+from tools import BadInput, number
+
+ROOT = Path(__file__).parents[1]
+SMALL = {'C': 8, 'num_frames': 20, 'batch_size': 4, 'max_epoch': 2, 'device': 'cpu'}
 
 
 @pytest.mark.parametrize('kind, text', [(int, '9' * 20), (int, '9' * 5000), (float, 'inf')])
@@ -30,3 +58,247 @@ def test_torchrun_hands_on_each_option_or_its_longer_name():
         assert safe, action.option_strings
     args = trainECAPAModel.make_parser().parse_args(['--margin', '0.3', '--scale', '32'])
     assert (args.m, args.s) == (0.3, 32)
+
+
+# Signals.
+
+
+def run_python(script, **options):
+    """Runs a script in another process; returns the finished process."""
+    return subprocess.run(
+        [sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, **options
+    )
+
+
+@pytest.mark.parametrize('number, status', [('SIGTERM', 143), ('SIGINT', 130)])
+def test_a_signal_in_a_destructor_ends_the_command(tmp_path, number, status):
+    """Python drops an exception there. A file that is being written is removed."""
+    script = f"""
+import os, signal, tools
+
+class Watched:
+    def __del__(self):
+        os.kill(os.getpid(), signal.{number})
+        for _ in range(1000):
+            pass
+
+def write(file):
+    file.write(b'half')
+
+tools.os.fsync = lambda descriptor: Watched()
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with tools.exit_on_bad_input(lambda: ': go on like this'):
+    tools.write_whole({str(tmp_path / 'a.txt')!r}, write)
+    print('went on')
+"""
+    done = run_python(script)
+    assert done.returncode == status
+    assert done.stdout == ''
+    assert done.stderr.endswith(': go on like this\n') and done.stderr.count('\n') == 2
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('whom', ['process', 'group', 'helpers first'])
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_at_any_moment_of_a_training_says_where_it_continues(tree, whom, number):
+    """Also between epochs, while helpers start and end, and before the first step."""
+    options = {**SMALL, **tree, 'max_epoch': 1000000, 'n_cpu': 2, 'keep': 2}
+    command = [sys.executable, str(ROOT / 'trainECAPAModel.py'), *command_line(**options)]
+    rng = random.Random(0)
+    for _ in range(3):
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            # Whatever runs the tests in the background may have Ctrl-C ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        assert process.stdout.readline().startswith('command')
+        time.sleep(rng.uniform(0, 6))
+        if whom == 'process':
+            process.send_signal(number)
+        elif whom == 'group':
+            os.killpg(process.pid, number)
+        else:
+            for helper in children_of(process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(helper, number)
+            time.sleep(0.01)
+            process.send_signal(number)
+        _, message = process.communicate(timeout=60)
+
+        assert process.returncode == 128 + number, message
+        name = 'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'
+        saved = max(saved_models(tree['save_path'] + '/model').values(), default=0)
+        expected = f'stopped by {name}: the same command continues after epoch {saved}, the last '
+        assert message.splitlines() == ['', f'{expected}saved']
+
+
+def children_of(pid):
+    """The numbers of the processes that a process has started."""
+    listing = subprocess.run(['ps', '-o', 'pid=', '--ppid', str(pid)], capture_output=True)
+    return [int(word) for word in listing.stdout.split()]
+
+
+def test_a_notebook_and_a_thread_keep_their_handlers(monkeypatch):
+    """A notebook's streams cannot be reconfigured, and a thread must not set handlers."""
+    before = signal.getsignal(signal.SIGINT)
+    statuses = []
+
+    def refuse():
+        with pytest.raises(SystemExit) as stop, tools.exit_on_bad_input():
+            assert signal.getsignal(signal.SIGINT) is before
+            raise BadInput('nothing to read')
+        statuses.append(stop.value.code)
+
+    monkeypatch.setattr('sys.stdout', io.StringIO())
+    monkeypatch.setattr('sys.stderr', io.StringIO())
+    thread = threading.Thread(target=refuse)
+    thread.start()
+    thread.join()
+    monkeypatch.setattr('sys.ps1', 'In : ', raising=False)
+    refuse()
+    assert statuses == [2, 2]
+
+
+# Helpers.
+
+
+def end_as(how, item):
+    """Ends a loading process at its fifth item: by a signal, or by what cannot be sent."""
+    if item < 5:
+        return item
+    if how == 'exit':
+        os._exit(7)
+    if how == 'unsendable':
+        return lambda: item
+    os.kill(os.getpid(), how)
+    time.sleep(10)
+    return item
+
+
+@pytest.mark.parametrize(
+    'how, words',
+    [
+        (signal.SIGKILL, 'SIGKILL: memory'),
+        (signal.SIGSEGV, 'SIGSEGV: a library'),
+        (signal.SIGABRT, 'SIGABRT: a library'),
+        (signal.SIGBUS, '--shm-size'),
+        ('exit', 'status 7'),
+        ('unsendable', 'status 1'),
+    ],
+)
+def test_a_helper_that_dies_ends_the_command(capfd, how, words):
+    with pytest.raises(SystemExit) as stop, tools.exit_on_bad_input():
+        list(parallel_map(functools.partial(end_as, how), range(8), 2))
+    assert stop.value.code == 2
+    message = capfd.readouterr().err
+    assert words in message and 'Traceback' not in message
+
+
+def test_a_helper_that_is_stopped_stops_the_command(monkeypatch):
+    """A queue may send SIGTERM to helpers first."""
+    ended = []
+    monkeypatch.setattr('tools.end_by_signal', lambda number, hint: ended.append(number))
+    with pytest.raises(SystemExit), tools.exit_on_bad_input():
+        list(parallel_map(functools.partial(end_as, signal.SIGTERM), range(8), 2))
+    assert ended == [signal.SIGTERM]
+
+
+def test_too_little_shared_memory_is_said(tree, monkeypatch, capfd):
+    """PyTorch words this error differently from one release to the next."""
+
+    def fail(*args, **kwargs):
+        raise RuntimeError('words of another release')
+
+    monkeypatch.setattr('dataLoader.default_collate', fail)
+    monkeypatch.setattr('torch.Tensor.share_memory_', fail)
+    names = ('train_list', 'train_path', 'musan_path', 'rir_path')
+    dataset = train_loader(**{name: tree[name] for name in names}, num_frames=20)
+    files = [str(path) for path in Path(tree['eval_path']).rglob('*.wav')]
+    for use in (
+        lambda: list(make_batches(dataset, 4, n_cpu=1)),
+        lambda: make_system(n_cpu=1).embed_files(files),
+    ):
+        with pytest.raises(SystemExit) as stop, tools.exit_on_bad_input():
+            use()
+        assert stop.value.code == 2
+        message = capfd.readouterr().err
+        assert '--shm-size' in message and '--n_cpu' in message and 'Traceback' not in message
+
+
+def test_more_files_than_a_process_may_open_are_embedded(tmp_path, short_crops):
+    files = [write_wav(tmp_path / f'{n}.wav', wave(n % 3, 400)) for n in range(120)]
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    system = make_system(n_cpu=1)
+    system.embed_files(files[:3])
+    try:
+        limit = len(os.listdir('/proc/self/fd')) + 60
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
+        embeddings = system.embed_files(files)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    system.n_cpu = 0
+    np.testing.assert_allclose(embeddings[3:4], system.embed_files(files[3:4]), atol=1e-6)
+
+
+def test_a_long_path_of_temporary_files_works(tmp_path):
+    """Sockets have short names only."""
+    folder = tmp_path / ('x' * 100)
+    folder.mkdir()
+    script = (
+        'import torch\n'
+        'from dataLoader import parallel_map\n'
+        'print(sum(parallel_map(torch.tensor, range(8), 2)))\n'
+    )
+    done = run_python(script, env={**os.environ, 'TMPDIR': str(folder)}, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == 'tensor(28)\n'
+
+
+def test_without_semaphores_the_command_reads_by_itself(monkeypatch, capsys):
+    def fail():
+        raise OSError(errno.EROFS, 'Read-only file system')
+
+    monkeypatch.setattr('multiprocessing.Lock', fail)
+    why_no_processes.cache_clear()
+    try:
+        assert list(parallel_map(str, range(3), 2)) == ['0', '1', '2']
+        assert list(parallel_map(str, range(3), 2)) == ['0', '1', '2']
+    finally:
+        why_no_processes.cache_clear()
+    assert capsys.readouterr().err.count('no loading processes') == 1
+
+
+def test_the_number_of_helpers_is_bounded(tree):
+    names = ('train_list', 'train_path', 'musan_path', 'rir_path')
+    dataset = train_loader(**{name: tree[name] for name in names}, num_frames=20)
+    assert make_batches(dataset, 4, n_cpu=5000).num_workers == 3, 'the batches of an epoch'
+    assert usable_processes(5000, 10**6) <= max(64, tools.available_cpus())
+    assert usable_processes(3, 10**6) == 3
+
+
+# Streams.
+
+
+@pytest.mark.parametrize('stream, status', [('closed pipe', 141), ('/dev/full', 2), ('>&-', 0)])
+def test_a_script_whose_output_goes_away_is_quiet(stream, status):
+    command = f'{sys.executable} -m exps.compare exps/pretrain_score.txt'
+    redirection = {'closed pipe': '| true; exit ${PIPESTATUS[0]}', '/dev/full': '> /dev/full'}
+    command = f'{command} {redirection.get(stream, stream)}'
+    done = subprocess.run(['bash', '-c', command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == status
+    assert 'Traceback' not in done.stderr and 'Exception ignored' not in done.stderr
+    assert bool(done.stderr) == (status == 2)
+
+
+@pytest.mark.parametrize('redirection', ['> /dev/full 2>&1', '>&- 2>&-', '2>&1 | true'])
+def test_a_log_that_cannot_be_written_does_not_end_a_training(tree, redirection):
+    options = command_line(**{**SMALL, **tree, 'max_epoch': 1, 'n_cpu': 0})
+    command = shlex.join([sys.executable, 'trainECAPAModel.py', *options])
+    command = f'{command} {redirection}; exit ${{PIPESTATUS[0]}}'
+    assert subprocess.run(['bash', '-c', command], cwd=ROOT).returncode == 0
+    assert Path(tree['save_path'], 'model/model_0001.model').exists()
