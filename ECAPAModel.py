@@ -96,6 +96,7 @@ class ECAPAModel(nn.Module):
             half = self.on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
             self.precision = 'bf16' if half else 'fp32'
         self.n_cpu = n_cpu
+        self.share_idle = 0.0  # of the last epoch, in which the device waited for data
         self.warned_of_waiting = False
 
         self.encoder_name = encoder
@@ -229,7 +230,7 @@ class ECAPAModel(nn.Module):
         trains_encoder = epoch > self.freeze_epochs
         self.speaker_encoder.train(trains_encoder).requires_grad_(trains_encoder)
 
-        batches = TimedBatches(loader)
+        batches = TimedBatches(loader, self.on_gpu)
         not_seen = []
         totals = torch.zeros(3, dtype=torch.float64)
         # disable=None shows the bar only on a terminal.
@@ -246,17 +247,18 @@ class ECAPAModel(nn.Module):
                 if len(not_seen) == LOOK_EVERY or step == steps or not self.on_gpu:
                     totals += sum_of_finite(not_seen, epoch, step)
                     not_seen = []
+                    self.share_idle = batches.share_idle()
                     loss, accuracy, _ = (totals / step).tolist()
                     rate = step * len(labels) * process_count() / batches.seconds()
                     bar.set_postfix_str(
                         f'loss {loss:.3f}, acc {accuracy:.2f}%, lr {lr:.6f}, {rate:.0f} utt/s, '
-                        f'{100 * batches.share_waited():.0f}% waiting for data',
+                        f'{100 * self.share_idle:.0f}% waiting for data',
                         refresh=False,
                     )
                 bar.update()
 
-        if batches.share_waited() > 0.3 and steps > 20:
-            self.warn_of_waiting(batches.share_waited())
+        if self.share_idle > 0.3 and steps > 20:
+            self.warn_of_waiting()
 
         # Average over the steps of all processes.
         if process_count() > 1:
@@ -264,14 +266,14 @@ class ECAPAModel(nn.Module):
         loss, accuracy, _ = (totals / (steps * process_count())).tolist()
         return loss, lr, accuracy
 
-    def warn_of_waiting(self, share):
-        """Says once, on standard error, that training waited for data a share of the time."""
+    def warn_of_waiting(self):
+        """Says once, on standard error, that training waited for data much of the time."""
         if self.warned_of_waiting or process_rank() > 0:
             return
         self.warned_of_waiting = True
         print(
-            f'Training waited for data {100 * share:.0f}% of the time: the loader is the '
-            f'bottleneck. Try another --n_cpu (now {self.n_cpu}; this machine has '
+            f'The {self.device.type} waited for data {100 * self.share_idle:.0f}% of the time: the '
+            f'loader is the bottleneck. Try another --n_cpu (now {self.n_cpu}; this machine has '
             f'{tools.available_cpus()} processors), or a faster disk.',
             file=sys.stderr,
         )
@@ -467,29 +469,52 @@ def average_gradients(parameters):
 
 
 class TimedBatches:
-    """The batches of a loader, and how long they were waited for."""
+    """The batches of a loader, and the share of the time in which the device had nothing to do.
 
-    def __init__(self, loader):
+    On a GPU the host runs ahead, and waits for batches while the GPU computes. So there the GPU
+    itself takes the times (CUDA events) at which it ends a step and begins the next one.
+    """
+
+    def __init__(self, loader, on_gpu=False):
         self.loader = loader
+        self.on_gpu = on_gpu
         self.begin = time.perf_counter()
-        self.waited = 0.0
+        self.gaps = []  # (end of a step, begin of the next one), not yet added to idle
+        self.idle = 0.0  # seconds
 
     def __iter__(self):
         # The first batch takes as long as the workers take to start, which does not count.
-        asked = None
+        ended = None
         for batch in self.loader:
-            if asked is not None:
-                self.waited += time.perf_counter() - asked
+            if ended is not None:
+                self.gaps.append((ended, self.now()))
             yield batch
-            asked = time.perf_counter()
+            ended = self.now()
+
+    def now(self):
+        """Returns the time, on a GPU as an event that it passes when it gets there."""
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def share_idle(self):
+        """Returns the idle share (0 to 1) of the time so far.
+
+        A GPU must have finished all steps, as it has after sum_of_finite.
+        """
+        for ended, begun in self.gaps:
+            if self.on_gpu:
+                self.idle += ended.elapsed_time(begun) / 1000
+            else:
+                self.idle += begun - ended
+        self.gaps = []
+        return self.idle / self.seconds()
 
     def seconds(self):
-        """Time since the loader was asked first."""
+        """Returns the time since the loader was first asked."""
         return time.perf_counter() - self.begin
-
-    def share_waited(self):
-        """Share (0 to 1) of that time in which a batch was waited for."""
-        return self.waited / self.seconds()
 
 
 def sum_of_finite(not_seen, epoch, step):

@@ -182,7 +182,7 @@ def train(args):
             starts.append(time.time())
             done = train_epoch(run, epoch, args)
             replaced = sort_bad_audio(run.dataset)
-            say(epoch_line(done, starts, args.max_epoch, replaced))
+            say(epoch_line(done, starts, args.max_epoch, run.system.share_idle, replaced))
             if epoch % args.test_step == 0:
                 if process_rank() == 0:
                     save_training(run.system, args.model_save_path, done, run.identity, args.keep)
@@ -625,13 +625,15 @@ def sort_bad_audio(dataset):
 # The log.
 
 
-def epoch_line(done, starts, max_epoch, replaced):
+def epoch_line(done, starts, max_epoch, share_idle, replaced):
     """Returns the log line of an epoch: figures, minutes and, from the second on, the expected end.
 
-    starts: when each epoch of this process began; replaced: number of replaced utterances.
+    starts: when each epoch of this process began; share_idle: share of the training's time in which
+    the device waited for data; replaced: number of replaced utterances.
     """
     line = f'{now()} epoch {done.epoch}, LR {done.lr:f}, LOSS {done.loss:f}, '
-    line += f'ACC {done.accuracy:2.2f}%, {(time.time() - starts[-1]) / 60:.1f} min'
+    line += f'ACC {done.accuracy:2.2f}%, {(time.time() - starts[-1]) / 60:.1f} min, '
+    line += f'{100 * share_idle:.0f}% waiting for data'
     if len(starts) > 1 and done.epoch < max_epoch:
         # Of whole epochs, tests included.
         seconds = (starts[-1] - starts[0]) / (len(starts) - 1)
