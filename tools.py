@@ -1192,7 +1192,7 @@ def why_helpers_died(resume_hint):
     return f'{how}: a library failed; --n_cpu 0 reads in this process and shows where'
 
 
-MORE_SHARED_MEMORY = 'use a smaller --n_cpu, or give more (docker run --shm-size 8g)'
+MORE_SHARED_MEMORY = 'use a smaller --n_cpu, or give more (docker run --shm-size 4g)'
 
 
 def why_not_together(error):

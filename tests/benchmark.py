@@ -589,9 +589,10 @@ def pipeline_rows(options, folder):
         drop_last=True,
         num_workers=default_n_cpu(),
         persistent_workers=True,
+        pin_memory=cuda,
     )
     dataset = train_loader(str(folder / 'ours.txt'), *paths, num_frames=200, seed=10)
-    batches = make_batches(dataset, size, default_n_cpu())
+    batches = make_batches(dataset, size, default_n_cpu(), pin_memory=cuda)
 
     def epoch(batches, step):
         for audio, labels in batches:

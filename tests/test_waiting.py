@@ -1,11 +1,18 @@
 """Is my GPU starving? The share of the time in which it waits for data, by a clock in its place."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import make_system
 
 import ECAPAModel
-from trainECAPAModel import Done, epoch_line
+from dataLoader import make_batches, train_loader
+from tools import MORE_SHARED_MEMORY
+from trainECAPAModel import Done, epoch_line, make_parser
+
+ROOT = Path(__file__).parents[1]
 
 STEPS = 200
 
@@ -107,3 +114,18 @@ def test_the_progress_bar_shows_it(monkeypatch):
     train(monkeypatch, loader_ms=20, device_ms=5)
     assert '75% waiting' in shown[-1]
     assert len(shown) == STEPS / ECAPAModel.LOOK_EVERY
+
+
+@pytest.mark.parametrize('recipe', ['voxceleb2.txt', 'strong_lm.txt'])
+def test_the_batches_of_16_loading_processes_fit_the_shared_memory_that_we_advise(tree, recipe):
+    """docker's --shm-size, as README and the error say."""
+    args = make_parser().parse_args([f'@{ROOT}/exps/recipes/{recipe}'])
+    loader = make_batches(train_loader(**tree, num_frames=20), batch_size=4, n_cpu=16)
+    size = args.batch_size * (args.num_frames * 160 + 240) * 4
+    needed = 16 * loader.prefetch_factor * size
+
+    pattern = r'--shm-size (\d+)g'
+    advised = re.findall(pattern, (ROOT / 'README.md').read_text())
+    advised += re.findall(pattern, MORE_SHARED_MEMORY)
+    assert len(advised) == 2
+    assert min(map(int, advised)) * 2**30 > needed
