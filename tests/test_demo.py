@@ -1,7 +1,4 @@
-"""The demo's voices: the same corpus for the same seed, and voices that differ as voices do.
-
-They differ by voice, not by level or channel.
-"""
+"""The demo's voices: the same corpus for the same seed, and voices that a training can learn."""
 
 import re
 from pathlib import Path
@@ -20,17 +17,24 @@ from tools import read_scores
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture
+def few_noises(monkeypatch):
+    """Makes two noises of each kind, for tests that do not train."""
+    few = {category: (sound, 2) for category, (sound, _) in voices.CLIPS.items()}
+    monkeypatch.setattr(voices, 'CLIPS', few)
+
+
 def contents(folder):
-    """{path: bytes} of all files of a corpus but its marker."""
+    """Returns {path: bytes} of all files of a corpus except its marker."""
     files = [path for path in folder.rglob('*') if path.suffix in ('.wav', '.txt')]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def test_a_corpus_follows_from_its_seed(tmp_path, capsys):
+def test_a_corpus_follows_from_its_seed(tmp_path, few_noises):
     small = dict(train_speakers=3, test_speakers=2, utterances=2, seconds=1.0)
-    voices.make_corpus(tmp_path / 'a', **small, processes=1)
-    voices.make_corpus(tmp_path / 'b', **small, processes=2)
-    voices.make_corpus(tmp_path / 'c', **small, processes=2, seed=11)
+    voices.make_corpus(tmp_path / 'a', **small)
+    voices.make_corpus(tmp_path / 'b', **small)
+    voices.make_corpus(tmp_path / 'c', **small, seed=11)
 
     first = contents(tmp_path / 'a')
     other = contents(tmp_path / 'c')
@@ -55,9 +59,23 @@ def test_a_corpus_follows_from_its_seed(tmp_path, capsys):
     test_speakers = {name.split('/')[0] for pair in pairs for name in pair}
     assert train_speakers.isdisjoint(test_speakers)
 
-    capsys.readouterr()
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / 'a').rglob('*')}
     voices.make_corpus(tmp_path / 'a', **small)
-    assert 'there already' in capsys.readouterr().out
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / 'a').rglob('*')}
+
+
+def test_a_corpus_that_was_interrupted_or_has_other_settings_is_made_again(tmp_path, few_noises):
+    small = dict(train_speakers=2, test_speakers=2, utterances=2, seconds=0.5)
+    voices.make_corpus(tmp_path, **small)
+    whole = contents(tmp_path)
+    (tmp_path / 'VoxCeleb1/veri_test2.txt').unlink()
+    next((tmp_path / 'VoxCeleb1').rglob('*.wav')).write_bytes(b'half of it')
+    voices.make_corpus(tmp_path, **small)
+    assert contents(tmp_path) == whole
+
+    voices.make_corpus(tmp_path, **small, seed=11)
+    assert contents(tmp_path).keys() == whole.keys()
+    assert contents(tmp_path) != whole
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
@@ -65,26 +83,26 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         voices.main(['--out', str(tmp_path)])
     assert stop.value.code == 2
-    assert 'choose another folder' in capsys.readouterr().err
+    assert str(tmp_path) in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ['thesis.txt']
 
 
-def test_the_demo_trains_on_enough_speakers():
+def test_the_demo_trains_on_what_the_program_makes(tmp_path, few_noises):
     text = (ROOT / 'exps/demo/run.sh').read_text()
-    assert 'trainECAPAModel.py @exps/demo/options.txt' in text
-    assert 'voices.py' in text
-
-    train_speakers, test_speakers, *_ = voices.make_corpus.__defaults__
-    assert train_speakers >= 60
-    assert test_speakers >= 20
+    assert 'voices.py --out exps/demo/data\n' in text
+    assert 'trainECAPAModel.py @exps/demo/options.txt\n' in text
+    voices.make_corpus(tmp_path, train_speakers=2, test_speakers=2, utterances=2, seconds=0.5)
 
     args = trainECAPAModel.make_parser().parse_args([f'@{ROOT}/exps/demo/options.txt'])
     assert args.save_path == 'exps/demo/result'
-    assert args.max_epoch % args.test_step == 0
+    for path in (args.train_list, args.train_path, args.musan_path, args.rir_path):
+        assert (tmp_path / Path(path).relative_to('exps/demo/data')).exists(), path
+    for path in (*args.eval_list, *args.eval_path):
+        assert (tmp_path / Path(path).relative_to('exps/demo/data')).exists(), path
 
 
 def shuffle_labels(train_list, path):
-    """Writes a training list whose speakers have changed places at random."""
+    """Writes a training list whose speakers are shuffled."""
     rows = [line.split() for line in train_list.read_text().splitlines()]
     names = [name for _, name in rows]
     speakers = np.random.default_rng(0).permutation([speaker for speaker, _ in rows])
@@ -93,11 +111,10 @@ def shuffle_labels(train_list, path):
 
 @pytest.mark.slow
 def test_training_learns_the_voice(tmp_path, capsys, short_crops):
-    """EER on unseen voices: trained, beside untrained and trained on shuffled labels.
+    """The EER on new voices: trained, untrained, and trained on shuffled labels.
 
-    With five seeds, each with PyTorch's kernels for three kinds of processors, trained EERs were
-    14.9 to 18.8 %; the ratio to untrained was 0.43 on average, with a deviation of 0.044, and that
-    to shuffled labels 0.41 and 0.046.
+    On one machine these were 10.9, 39.1 and 35.4 %. The bounds leave room for other processors,
+    which round differently and so train another network.
     """
     corpus = tmp_path / 'corpus'
     voices.make_corpus(corpus, train_speakers=20, test_speakers=8, utterances=8, seconds=2.5)
