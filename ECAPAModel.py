@@ -42,7 +42,7 @@ LOOK_EVERY = 10  # steps of a GPU between two looks at their losses, for which t
 BATCH_FRAMES = 16384  # frames in a batch of evaluation on a GPU: about 1.5 GB with 1,024 channels
 CPU_BATCH_FRAMES = 4096  # larger ones do not stay in the cache
 WINDOW_FRAMES = 8 * BATCH_FRAMES  # frames read before they are sorted by length into batches
-SHAPE_STEP = 64  # of lengths of batches on a GPU: cuDNN plans again for each shape that it meets
+SHAPE_STEP = 64  # of frames on a GPU: cuDNN and cuFFT plan again for each new number
 LONGEST = 300 * RATE  # samples of a recording that is embedded in one piece
 
 # What people download or convert in place of a checkpoint, by how it begins.
@@ -235,7 +235,8 @@ class ECAPAModel(nn.Module):
         totals = torch.zeros(3, dtype=torch.float64)
         # disable=None shows the bar only on a terminal.
         hide = True if process_rank() > 0 else None
-        with tqdm(desc=f'epoch {epoch}', total=steps, unit='step', disable=hide) as bar:
+        bar = tqdm(desc=f'epoch {epoch}', total=steps, unit='step', disable=hide)
+        with bar, tuned_convolutions():
             for step, batch in enumerate(batches, 1):
                 # Take a step.
                 lr = self.set_rate_and_margin(epoch - 1 + (step - 1) / steps)
@@ -390,13 +391,13 @@ class ECAPAModel(nn.Module):
         Utterances of about the same length share a batch.
         """
         encoder = self.speaker_encoder
+        step = SHAPE_STEP if self.on_gpu else 1
         items = []
         for index, audio in window:
             for part in audio.tensor_split(math.ceil(len(audio) / LONGEST)):
-                items.append((index, encoder.features(part[None])))
+                items.append((index, encoder.features(part[None], step=step)))
         items.sort(key=lambda item: item[1].shape[2], reverse=True)
 
-        step = SHAPE_STEP if self.on_gpu else 1
         while items:
             longest = step * math.ceil(items[0][1].shape[2] / step)
             size = max(1, batch_frames // longest)
@@ -977,6 +978,20 @@ def what_it_is(content, error):
 
 
 # Devices.
+
+
+@contextlib.contextmanager
+def tuned_convolutions():
+    """Lets cuDNN try all its algorithms on each new shape, within the block.
+
+    This pays in training, where all batches have one shape.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 @contextlib.contextmanager

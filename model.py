@@ -16,6 +16,7 @@ from torch import nn
 from tools import BadInput
 
 HOP = 160  # samples, 10 ms
+HALF_WINDOW = 256  # samples of a frame to either side of its centre
 
 
 class PreEmphasis(nn.Module):
@@ -161,12 +162,20 @@ class Encoder(nn.Module):
         return self.encode(self.features(x, aug))
 
     @torch.no_grad()
-    def features(self, x, aug=False):
+    def features(self, x, aug=False, step=1):
         """Computes the log-mel spectrogram of (B, samples), masked at random if aug is true.
+
+        step: the number of frames is rounded up to a multiple of it for the Fourier transform,
+        which a GPU plans anew for each number. The additional frames are dropped.
 
         Returns (B, 80, 1 + samples // 160), in which each band has a mean of 0 over time.
         """
-        x = (self.torchfbank(x) + 1e-6).log()  # (B, 80, T)
+        preemphasis, mel = self.torchfbank
+        x = preemphasis(x)
+        frames = 1 + x.shape[1] // HOP
+        if step > 1:
+            x = extend(x, step)
+        x = (mel(x)[:, :, :frames] + 1e-6).log()  # (B, 80, T)
         x = x - x.mean(dim=-1, keepdim=True)
         return self.specaug(x) if aug else x
 
@@ -297,6 +306,17 @@ def mask_of(frames, x):
         return None
     position = torch.arange(x.shape[2], device=x.device)
     return (position < frames.view(-1, 1, 1)).to(x.dtype)
+
+
+def extend(x, step):
+    """Extends (B, samples) so that its spectrogram has a multiple of `step` frames.
+
+    The frames of x itself do not change: behind its end they see its reflection, as they would.
+    """
+    frames = 1 + x.shape[1] // HOP
+    frames = step * math.ceil((frames + 3) / step)  # 3 more have room for the reflection
+    x = torch.cat((x, x[:, -HALF_WINDOW - 1 : -1].flip(1)), dim=1)
+    return F.pad(x, (0, (frames - 1) * HOP - x.shape[1]))
 
 
 def mean_over_time(x, mask=None):

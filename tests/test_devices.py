@@ -139,3 +139,41 @@ def test_an_error_restores_the_switches():
     with pytest.raises(ZeroDivisionError), without_tf32():
         raise ZeroDivisionError
     assert switches() == before
+
+
+def test_cudnn_tries_its_algorithms_in_training_only(tmp_path):
+    """There all shapes are the same; files have many lengths."""
+    path = write_wav(tmp_path / 'a.wav', wave(0, 48240))
+    system = make_system()
+    seen = []
+    system.speaker_encoder.conv1.register_forward_hook(
+        lambda *_: seen.append(torch.backends.cudnn.benchmark)
+    )
+    system.train_network(1, [BATCH])
+    assert seen == [True]
+    system.embed([path])
+    assert seen == [True, False, False]
+
+
+@pytest.mark.filterwarnings('error')
+def test_a_gpu_plans_few_transforms_for_many_lengths(monkeypatch):
+    """Rounding up the frames of an utterance does not change those that it has."""
+    encoder = make_system().speaker_encoder
+    frames = set()
+    stft = torch.stft
+
+    def watched(*args, **kwargs):
+        spectrum = stft(*args, **kwargs)
+        frames.add(spectrum.shape[-1])
+        return spectrum
+
+    lengths = [257, 258, 319, 320, 321, 5000, *range(9600, 9600 + 200, 13), 16000, 77777]
+    for length in lengths:
+        audio = torch.from_numpy(wave(length % 7, length))[None]
+        expected = encoder.features(audio)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, 'stft', watched)
+            rounded = encoder.features(audio, step=64)
+        assert rounded.shape == expected.shape
+        torch.testing.assert_close(rounded, expected, atol=1e-4, rtol=0)
+    assert frames == {64, 128, 512}
