@@ -1,13 +1,12 @@
 """The system: encoder, classifier and optimiser; a step, an epoch, evaluation.
 
-Below the class: cohorts; saving, resuming and loading; devices.
+Below the class: saving, resuming and loading; devices.
 """
 
 import contextlib
 import functools
 import glob
 import io
-import itertools
 import math
 import os
 import re
@@ -36,7 +35,7 @@ from dataLoader import (
 )
 from loss import LOSSES, loss_of
 from model import ENCODERS, HOP, encoder_of
-from tools import BadInput, Scored, process_count, process_rank, say
+from tools import BadInput, process_count, process_rank, say
 
 LOOK_EVERY = 10  # steps of a GPU between two looks at their losses, for which the host waits
 BATCH_FRAMES = 16384  # frames in a batch of evaluation on a GPU: about 1.5 GB with 1,024 channels
@@ -59,6 +58,13 @@ OTHER_FILES = {
         'converts it'
     ),
 }
+
+
+class Scored(NamedTuple):
+    """Scores (N,) of a trial list, and their figures: what operating_points returns."""
+
+    scores: np.ndarray
+    figures: dict
 
 
 class ECAPAModel(nn.Module):
@@ -285,22 +291,15 @@ class ECAPAModel(nn.Module):
         figures = kinds['raw'].figures
         return figures['EER']['value'], figures['minDCF(0.05)']['value']
 
-    def score_lists(self, paths, trial_lists, cohort=None, top_n=None, subtract_mean=False):
-        """Scores and figures of what read_trial_lists returns: for each list {kind: Scored}.
-
-        cohort: what embed_speakers returns. The kinds are those of tools.score_kinds.
-        """
+    def score_lists(self, paths, trial_lists):
+        """Scores and figures of what read_trial_lists returns: for each list {'raw': Scored}."""
         embeddings = self.embed_files(paths)
         results = []
         for trials in trial_lists:
-            vectors = trials.mean(embeddings)
-            kinds = tools.score_kinds(vectors, trials.pairs, cohort, top_n, subtract_mean)
-            results.append(
-                {
-                    kind: Scored(scores, tools.operating_points(scores, trials.labels))
-                    for kind, scores in kinds.items()
-                }
-            )
+            vectors = tools.unit_whole(trials.mean(embeddings))
+            scores = tools.score_pairs(vectors, trials.pairs)
+            figures = tools.operating_points(scores, trials.labels)
+            results.append({'raw': Scored(scores, figures)})
         return results
 
     def embed(self, paths):
@@ -309,16 +308,6 @@ class ECAPAModel(nn.Module):
         What had to be converted is said on standard error.
         """
         return self.embed_files(paths, any_format=True)[:, 0]
-
-    def embed_speakers(self, files):
-        """One embedding for each speaker: the mean of embed_files over the speaker's files.
-
-        files: a list of paths for each speaker. Returns (speakers, 2, D); a score against a mean
-        is the mean of the scores.
-        """
-        embeddings = self.embed_files([path for paths in files for path in paths])
-        ends = np.cumsum([len(paths) for paths in files])
-        return np.stack([part.mean(axis=0) for part in np.split(embeddings, ends[:-1])])
 
     @torch.inference_mode()
     def embed_files(self, paths, any_format=False):
@@ -560,63 +549,7 @@ def refuse(faults, count):
         raise BadInput('\n'.join([f'{len(faults)} of {count} files cannot be embedded:', *faults]))
 
 
-# Machinery: cohorts; saving and resuming; reading checkpoints; devices.
-
-# Cohorts.
-
-
-def load_cohort(system, checkpoint, files):
-    """Returns what embed_speakers returns for files, and keeps it beside the checkpoint.
-
-    A kept cohort is used, and this is said, if nothing that it was made from has changed.
-    checkpoint: {'path', 'sha256'} of the system's weights; files: what choose_cohort returns, None
-    for no cohort.
-    """
-    if files is None:
-        return None
-    path = f'{checkpoint["path"]}.cohort.npz'
-    key = cohort_key(system, checkpoint, files)
-    cohort = read_cohort(path, key)
-    # One process may read the file just before another one writes it.
-    if all(tools.gather([cohort is not None])):
-        tools.note(f'the cohort of {len(files):,} speakers is the one kept in {path}')
-        return cohort
-
-    cohort = system.embed_speakers(files)
-    if process_rank() == 0:
-        try:
-            tools.write_whole(path, lambda file: np.savez(file, key=key, cohort=cohort))
-        except BadInput as error:
-            tools.note(f'the cohort is not kept: {error}')
-    return cohort
-
-
-def cohort_key(system, checkpoint, files):
-    """Text that changes with all that a cohort is made from.
-
-    These are the weights, the arithmetic, and which files there are with their sizes and times.
-    """
-    versions = []
-    for path in itertools.chain.from_iterable(files):
-        try:
-            status = os.stat(path)
-            # Its own time too: a copy may keep the time of the original.
-            versions.append((path, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
-        except OSError:
-            # Reading it says what is wrong.
-            versions.append((path, None))
-    counts = [len(paths) for paths in files]
-    inputs = (system.precision, system.device.type, counts, versions)
-    return f'{checkpoint["sha256"]} {tools.sha256(os.fsencode(repr(inputs)))}'
-
-
-def read_cohort(path, key):
-    """The cohort in a file of load_cohort; None if there is none, or its key is another one."""
-    broken = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile)
-    with contextlib.suppress(*broken), np.load(path) as kept:
-        if str(kept['key']) == key:
-            return kept['cohort']
-    return None
+# Machinery: saving and resuming; reading checkpoints; devices.
 
 
 # Saving and resuming.

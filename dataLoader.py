@@ -42,7 +42,6 @@ from tools import (
     BadInput,
     available_cpus,
     note,
-    number_speakers,
     process_count,
     process_rank,
     read_bytes,
@@ -50,7 +49,6 @@ from tools import (
     say,
     sentence,
     sha256,
-    speakers_of,
     summary,
     write_text,
 )
@@ -67,6 +65,11 @@ LATEST_DIRECT = 0.2  # s; in the rooms of OpenSLR 28 the direct sound comes afte
 ATTEMPTS = 100  # files that are tried in place of one that cannot be used
 EVAL_CROP = 300 * 160 + 240
 SHORTEST = 257  # samples that a spectrogram needs, half a window to either side being a reflection
+FEWEST_SPEAKERS = 5  # below which an interval says nothing
+SPEAKER_RULE = (
+    'the speaker of a file is its first folder, after those that all files of the list share; '
+    '--speaker PATTERN takes another part of its path'
+)
 
 # Batches that each loading process has made or is making. If these processes are just fast enough,
 # 2 hide a batch that takes twice the mean time. A batch is a sum over many utterances: the slowest
@@ -1498,7 +1501,7 @@ def read_trial_lists(lists, folders, enrol_list='', speaker=''):
 
     folders: one for all lists, or one for each. enrol_list: lines `model utterance...`, one or
     several of a model; if given, enrolments name these models. speaker: the pattern of
-    tools.speakers_of. Returns (paths of all files, [TrialList]); a file in several lists appears
+    --speaker. Returns (paths of all files, [TrialList]); a file in several lists appears
     once. Raises BadInput.
     """
     if len(set(map(str, lists))) < len(lists):
@@ -1591,6 +1594,61 @@ def speakers_of_sides(utterances, speaker):
     return [names.pop() if len(names) == 1 else None for names in several]
 
 
+def number_speakers(labels, pairs, speakers):
+    """Numbers the speakers of trials, for replicate_figures.
+
+    labels: (N,); pairs: int (N, 2), indices into `speakers`, a list of names, None where a model
+    has several. Returns (int (N, 2), ''), or (None, why there can be no interval).
+    """
+    if None in speakers:
+        return None, f'a model has utterances of several speakers ({SPEAKER_RULE})'
+    number_of = {name: number for number, name in enumerate(sorted(set(speakers)))}
+    if len(number_of) < FEWEST_SPEAKERS:
+        return None, (
+            f'it has {len(number_of)} speakers, and at least {FEWEST_SPEAKERS} are needed '
+            f'({SPEAKER_RULE})'
+        )
+    numbers = np.array([number_of[name] for name in speakers])[pairs]
+    wrong = np.flatnonzero((numbers[:, 0] == numbers[:, 1]) != (np.asarray(labels) == 1))
+    if len(wrong):
+        enrolment, test = (speakers[name] for name in pairs[wrong[0]])
+        kind = 'the same speaker' if labels[wrong[0]] else 'different speakers'
+        return None, (
+            f'{len(wrong)} labels contradict the speakers of the files: for example, a trial of '
+            f'{kind} is of {enrolment} and {test} ({SPEAKER_RULE})'
+        )
+    return numbers, ''
+
+
+def speakers_of(paths, pattern=''):
+    """Returns the speaker of each path of a list.
+
+    pattern: the regular expression of --speaker, whose first group is the speaker. Without it, the
+    speaker is the first folder after those that all paths share. Raises BadInput that names a path
+    in which the pattern finds no speaker.
+    """
+    if pattern:
+        return [speaker_by_pattern(path, pattern) for path in paths]
+    parts = [split_path(path) for path in paths]
+    # The last folder stays: files that are all in one folder are of one speaker.
+    shared = os.path.commonprefix([folders[:-2] for folders in parts])
+    return [folders[len(shared)] for folders in parts]
+
+
+def speaker_by_pattern(path, pattern):
+    """Returns what the first group of a regular expression finds in a path."""
+    match = re.search(pattern, path)
+    if not match or not match[1]:
+        raise BadInput(f'--speaker {pattern}: finds no speaker in {path}')
+    return match[1]
+
+
+def split_path(path):
+    """Returns the folders and the file of a path, without '.' and with '/' or '\\' between them."""
+    path = posixpath.normpath(path.replace('\\', '/'))
+    return path.lstrip('/').split('/')
+
+
 def say_of_trials(path, labels, pairs, names):
     """Says which trials of a list are there more than once, or compare a file with itself.
 
@@ -1661,32 +1719,6 @@ def field_fault(fields, count=2):
     if len(fields) == count:
         return None
     return f'{count} fields expected, {len(fields)} found'
-
-
-def choose_normalisation(args):
-    """(choose_cohort or None, top_n or None, subtract_mean) of a command's options."""
-    top_n = args.top_n if args.score_norm == 'asnorm' else None
-    files = None
-    if top_n or args.subtract_mean:
-        files = choose_cohort(args.train_list, args.train_path, args.cohort_utterances, args.seed)
-    return files, top_n, args.subtract_mean
-
-
-def choose_cohort(train_list, train_path, per_speaker, seed):
-    """For each speaker of a training list, the paths of up to per_speaker utterances.
-
-    They are drawn at random.
-    """
-    require(os.path.isdir, train_path, '--train_path')
-    _, labels, names, _ = read_train_list(train_list)
-    by_speaker = np.argsort(labels, kind='stable')
-    ends = np.cumsum(np.bincount(labels))
-    rng = np.random.default_rng(seed)
-    cohort = []
-    for utterances in np.split(by_speaker, ends[:-1]):
-        chosen = rng.permutation(utterances)[:per_speaker]
-        cohort.append([os.path.join(train_path, names[i]) for i in chosen])
-    return cohort
 
 
 def read_list(path, role):
@@ -1787,7 +1819,7 @@ def check_lists(dataset, eval_files, eval_path, speaker=''):
     """Warns of what makes figures wrong in the list of a train_loader, or in it and the trials.
 
     eval_files: paths of the trials' files below the folders eval_path; speaker: the pattern of
-    tools.speakers_of.
+    --speaker.
     """
     names = {file: file for file in eval_files}  # {file of the trials: its path in a list}
     for folder in eval_path:

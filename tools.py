@@ -8,13 +8,10 @@ import hashlib
 import inspect
 import io
 import itertools
-import json
-import math
 import multiprocessing
 import multiprocessing.connection
 import os
 import platform
-import posixpath
 import re
 import shlex
 import shutil
@@ -25,73 +22,33 @@ import tempfile
 import threading
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
-from typing import NamedTuple
 
 import numpy as np
-import torch
 import torch.distributed as dist
-from scipy.special import ndtr, stdtrit
 from sklearn.metrics import roc_curve
-from tqdm import tqdm
 
 PRIORS = {'minDCF(0.01)': 0.01, 'minDCF(0.05)': 0.05}  # of a target; both costs are 1
 FIGURES = ('EER', *PRIORS)
-REPLICATES = 1000  # of the speakers of a list, for an interval
-FEWEST_SPEAKERS = 5  # below which an interval says nothing
-SPEAKER_RULE = (
-    'the speaker of a file is its first folder, after those that all files of the list share; '
-    '--speaker PATTERN takes another part of its path'
-)
 
 
-# 1. Measures: scores of trials and their normalisation; EER and minDCF, and how sure these are;
-# accuracy.
+# 1. Measures: scores of trials; EER and minDCF; accuracy.
 # In the shapes, D is the size of an embedding: 192 for ECAPA-TDNN.
-
-
-class Scored(NamedTuple):
-    """Scores (N,) of a trial list, and their figures: what operating_points returns."""
-
-    scores: np.ndarray
-    figures: dict
-
-
-def score_kinds(embeddings, pairs, cohort=None, top_n=None, subtract_mean=False):
-    """Computes all kinds of scores of pairs (N, 2) of rows of embeddings (files, 2, D).
-
-    embeddings: what ECAPAModel.embed_files returns, or means of these; cohort: (speakers, 2, D).
-    Returns {kind: (N,)}: always 'raw'; with top_n also 'asnorm', by the top_n closest speakers of
-    the cohort; with subtract_mean also 'centred'; with both also 'centred asnorm'.
-    """
-    scores = {}
-    for kind, vectors, speakers in vectors_of_kinds(embeddings, cohort, subtract_mean):
-        scores[kind] = score_pairs(vectors, pairs)
-        if top_n:
-            normalised = 'asnorm' if kind == 'raw' else f'{kind} asnorm'
-            scores[normalised] = as_norm(scores[kind], vectors, pairs, speakers, top_n)
-    return scores
-
-
-def vectors_of_kinds(embeddings, cohort, subtract_mean):
-    """Yields (kind, embeddings, cohort) for 'raw' and, with subtract_mean, for 'centred'.
-
-    'centred': subtract the cohort mean from both vectors of a file and normalise them; the same for
-    the cohort.
-    """
-    # The mean of several utterances' whole embeddings is shorter than 1.
-    vectors = embeddings.copy()
-    vectors[:, 0] = unit_length(vectors[:, 0])
-    yield 'raw', vectors, cohort
-    if subtract_mean:
-        mean = cohort.mean(axis=0)
-        yield 'centred', unit_length(embeddings - mean), unit_length(cohort - mean)
 
 
 def unit_length(vectors):
     """Scales vectors (..., D) to length 1."""
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def unit_whole(embeddings):
+    """Scales the first vector of each of embeddings (files, 2, D) to length 1.
+
+    The mean of several utterances' whole embeddings is shorter.
+    """
+    vectors = embeddings.copy()
+    vectors[:, 0] = unit_length(vectors[:, 0])
+    return vectors
 
 
 def score_pairs(embeddings, pairs):
@@ -108,49 +65,6 @@ def score_pairs(embeddings, pairs):
         enrolment, test = pairs[block].T
         scores[block] = 0.5 * np.einsum('nd,nd->n', vectors[enrolment], vectors[test])
     return scores
-
-
-def as_norm(scores, embeddings, pairs, cohort, top_n):
-    """Normalises scores by adaptive s-norm (Matejka et al., Interspeech 2017, eq. 3 and 4).
-
-    scores: (N,) of pairs (N, 2) of rows of embeddings (files, 2, D); cohort, top_n: as in
-    cohort_moments. Returns float32 (N,).
-    """
-    mean, std = cohort_moments(embeddings, cohort, top_n)
-    return ((scores[:, None] - mean[pairs]) / std[pairs]).mean(axis=1)
-
-
-def cohort_moments(embeddings, cohort, top_n):
-    """Computes mean and deviation of the top_n highest scores of each file against a cohort.
-
-    embeddings: (files, 2, D); cohort: (speakers, 2, D), scored against each file as a trial is,
-    all of them if they are fewer than top_n. Returns float32 (2, files). Raises BadInput if a file
-    scores the same against all of them.
-    """
-    top_n = min(top_n, len(cohort))
-    speakers = torch.from_numpy(0.5 * cohort.reshape(len(cohort), -1)).T
-    vectors = torch.from_numpy(embeddings.reshape(len(embeddings), -1))
-    threads = available_cpus()
-
-    def moments_of(scores):
-        # NumPy selects faster than torch.topk, and in several threads.
-        closest = np.partition(scores, -top_n, axis=1)[:, -top_n:]
-        return np.stack([closest.mean(axis=1), closest.std(axis=1)])
-
-    parts = []
-    with ThreadPoolExecutor(threads) as pool:
-        for files in vectors.split(4096):
-            scores = (files @ speakers).numpy()
-            parts += pool.map(moments_of, np.array_split(scores, threads))
-    moments = np.concatenate(parts, axis=1)
-
-    # Written so that NaN is refused too.
-    if not moments[1].min() > 0:
-        raise BadInput(
-            'the cohort cannot normalise: all its speakers score the same; give more speakers, or '
-            'more of them with --top_n'
-        )
-    return moments
 
 
 def operating_points(scores, labels):
@@ -271,165 +185,6 @@ def ComputeMinDcf(fnrs, fprs, thresholds, p_target, c_miss, c_fa):
     return costs[best] / min(c_miss * p_target, c_fa * (1 - p_target)), thresholds[best]
 
 
-def intervals_of(values, labels, speakers):
-    """Returns {figure: [low, high]}, intervals of 95 % from replicates of FIGURES (replicates, 3).
-
-    labels: (N,) of the trials; speakers: how many there are. There is none for a minDCF whose list
-    has too few trials of different speakers: the cost then rests on a few false alarms, or none.
-    """
-    others = np.sum(np.asarray(labels) != 1)
-    return {
-        name: interval_of(column, speakers)
-        for name, column in zip(FIGURES, values.T)
-        if others >= fewest_others(name)
-    }
-
-
-def fewest_others(name):
-    """Returns how many trials of different speakers the interval of a figure needs."""
-    if name not in PRIORS:
-        return 1
-    prior = PRIORS[name]
-    return round(30 * (1 - prior) / prior)
-
-
-def interval_of(values, speakers):
-    """Returns [low, high], the interval of 95 % of replicates (R,); NaN is left out.
-
-    The percentiles are expanded, because replicates of few speakers vary too little (Hesterberg,
-    The American Statistician, 2015).
-    """
-    quantile = stdtrit(speakers - 1, 0.025) * math.sqrt(speakers / (speakers - 1))
-    tail = 100 * ndtr(quantile)
-    low, high = np.nanpercentile(values, [tail, 100 - tail])
-    return [float(low), float(high)]
-
-
-def draw_speakers(count, replicates=REPLICATES, seed=0):
-    """Draws speakers for replicates: how often each of `count` is drawn, int64 (replicates, count).
-
-    A replicate draws `count` speakers with replacement. The draws are the same for the same count,
-    so that two sets of scores of one list can be compared replicate by replicate.
-    """
-    rng = np.random.default_rng(seed)
-    return rng.multinomial(count, np.full(count, 1 / count), size=replicates)
-
-
-def replicate_figures(scores, labels, speakers, draws, title=None):
-    """Computes FIGURES of replicates of a trial list, by a joint bootstrap over speakers.
-
-    scores, labels: (N,); speakers: int (N, 2), the two of each trial; draws: what draw_speakers
-    returns; title: of a progress bar. If a replicate draws a speaker c times, a target trial counts
-    c times, and a non-target trial as often as the product of the c of its two speakers. So both
-    sides of a trial vary, and trials that share a speaker vary together; compare the bootstrap of
-    rows and columns of Owen, Annals of Applied Statistics, 2007.
-
-    Returns (replicates, 3); NaN if a replicate has no target or no non-target trials.
-    """
-    _, is_target, ends, order = sort_by_score(scores, labels)
-    first, second = np.asarray(speakers)[order].T
-    # A target trial counts by one of its sides only: the other is a speaker who is drawn once.
-    second = np.where(is_target, -1, second)
-
-    def figures_of(counts):
-        counts = np.append(counts, 1).astype(np.int32)
-        rates = error_rates(counts[first] * counts[second], is_target, ends)
-        return [value for value, _ in find_figures(*rates).values()]
-
-    with ThreadPoolExecutor(available_cpus()) as pool:
-        done = pool.map(figures_of, draws)
-        # disable=None shows the bar only on a terminal.
-        disable = None if title else True
-        return np.array(list(tqdm(done, title, len(draws), disable=disable, leave=False)))
-
-
-def number_speakers(labels, pairs, speakers):
-    """Numbers the speakers of trials, for replicate_figures.
-
-    labels: (N,); pairs: int (N, 2), indices into `speakers`, a list of names, None where a model
-    has several. Returns (int (N, 2), ''), or (None, why there can be no interval).
-    """
-    if None in speakers:
-        return None, f'a model has utterances of several speakers ({SPEAKER_RULE})'
-    number_of = {name: number for number, name in enumerate(sorted(set(speakers)))}
-    if len(number_of) < FEWEST_SPEAKERS:
-        return None, (
-            f'it has {len(number_of)} speakers, and at least {FEWEST_SPEAKERS} are needed '
-            f'({SPEAKER_RULE})'
-        )
-    numbers = np.array([number_of[name] for name in speakers])[pairs]
-    wrong = np.flatnonzero((numbers[:, 0] == numbers[:, 1]) != (np.asarray(labels) == 1))
-    if len(wrong):
-        enrolment, test = (speakers[name] for name in pairs[wrong[0]])
-        kind = 'the same speaker' if labels[wrong[0]] else 'different speakers'
-        return None, (
-            f'{len(wrong)} labels contradict the speakers of the files: for example, a trial of '
-            f'{kind} is of {enrolment} and {test} ({SPEAKER_RULE})'
-        )
-    return numbers, ''
-
-
-def speakers_of(paths, pattern=''):
-    """Returns the speaker of each path of a list.
-
-    pattern: the regular expression of --speaker, whose first group is the speaker. Without it, the
-    speaker is the first folder after those that all paths share. Raises BadInput that names a path
-    in which the pattern finds no speaker.
-    """
-    if pattern:
-        return [speaker_by_pattern(path, pattern) for path in paths]
-    parts = [split_path(path) for path in paths]
-    # The last folder stays: files that are all in one folder are of one speaker.
-    shared = os.path.commonprefix([folders[:-2] for folders in parts])
-    return [folders[len(shared)] for folders in parts]
-
-
-def speaker_by_pattern(path, pattern):
-    """Returns what the first group of a regular expression finds in a path."""
-    match = re.search(pattern, path)
-    if not match or not match[1]:
-        raise BadInput(f'--speaker {pattern}: finds no speaker in {path}')
-    return match[1]
-
-
-def split_path(path):
-    """Returns the folders and the file of a path, without '.' and with '/' or '\\' between them."""
-    path = posixpath.normpath(path.replace('\\', '/'))
-    return path.lstrip('/').split('/')
-
-
-def add_intervals(results, trial_lists):
-    """Adds to each figure of score_lists' results its 'interval' of 95 %, [low, high].
-
-    Prints a note for a list, or a figure, that has none.
-    """
-    for trials, kinds in zip(trial_lists, results):
-        if trials.speakers is None:
-            say(f'note          no intervals for {trials.path}: {trials.why_no_speakers}')
-            continue
-        count = trials.speaker_count()
-        draws = draw_speakers(count)
-        for kind, scored in kinds.items():
-            values = replicate_figures(
-                scored.scores, trials.labels, trials.speakers, draws, f'how sure, {kind}'
-            )
-            intervals = intervals_of(values, trials.labels, count)
-            for name, interval in intervals.items():
-                scored.figures[name]['interval'] = interval
-            left_out = int(np.isnan(values[:, 0]).sum())
-            if left_out:
-                say(
-                    f'note          {trials.path}: {left_out} of {REPLICATES} replicates have only '
-                    'target or only non-target trials, and are left out of the intervals'
-                )
-        for name in FIGURES:
-            if name not in intervals:
-                say(
-                    f'note          {trials.path}: no interval for {name}, which needs at least '
-                    f'{fewest_others(name):,} trials of different speakers'
-                )
-
-
 def accuracy(output, target, topk=(1,)):
     """Percentages of rows of output (B, classes) whose target (B,) is among the k largest.
 
@@ -440,7 +195,7 @@ def accuracy(output, target, topk=(1,)):
     return [correct[:, :k].any(dim=1).float().mean().mul(100).view(1) for k in topk]
 
 
-# 2. What a run writes: score.txt, results.json and scores; files that are whole.
+# 2. What a run writes: score.txt, where its numbers come from, files that are whole.
 
 SCORE_LINE = '%d epoch, LR %f, LOSS %f, ACC %2.2f%%, EER %2.2f%%, bestEER %2.2f%%\n'
 NUMBER = r'(-?\d+\.\d+|-?inf|nan)'
@@ -490,180 +245,6 @@ def provenance(command):
     for name in PACKAGES:
         versions[name] = metadata.version(name)
     return {'command': command, 'commit': commit or 'unknown', 'versions': versions}
-
-
-def read_results(folder):
-    """Reads a folder's results.json: {trial list: its entry}, {} if there is none.
-
-    write_results says what an entry holds. Raises BadInput if the file holds something else.
-    """
-    path = os.path.join(folder, 'results.json')
-    if not os.path.exists(path):
-        return {}
-    try:
-        with open(path, encoding='utf-8') as file:
-            lists = json.load(file)['lists']
-        for entry in lists.values():
-            for name in ('figures', 'scores', 'trials', 'checkpoint'):
-                entry[name]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f'{path}: not what this --eval writes; move it away') from error
-    return lists
-
-
-def write_results(results, trial_lists, checkpoint, args):
-    """Writes SAVE_PATH/results.json, where other lists stay, and scores/LIST.txt for each list.
-
-    results: what ECAPAModel.score_lists returns for trial_lists; checkpoint: {'path', 'sha256'}. A
-    line of scores is `label scores... enrolment test`, a score for each kind. If two lists have one
-    name, the second's file gets a number.
-    """
-    os.makedirs(os.path.join(args.save_path, 'scores'), exist_ok=True)
-    with one_at_a_time(args.save_path):
-        lists = read_results(args.save_path)
-        for trials, kinds in zip(trial_lists, results):
-            path = scores_path(args.save_path, choose_scores_file(trials.path, lists))
-            columns = [[f'{score:.6f}' for score in scored.scores] for scored in kinds.values()]
-            lines = []
-            for label, scores, (enrolment, test) in zip(trials.labels, zip(*columns), trials.pairs):
-                names = [trials.names[enrolment], trials.names[test]]
-                lines.append(' '.join([str(label), *scores, *names]) + '\n')
-            write_text(path, ''.join(lines))
-            for other in other_names(trials.path, lists):
-                del lists[other]
-            lists[trials.path] = {
-                'figures': {kind: scored.figures for kind, scored in kinds.items()},
-                'scores': path,
-                'trials': len(trials.labels),
-                'targets': int(trials.labels.sum()),
-                'speakers': trials.speaker_count(),
-                'sha256': trials.sha256,
-                'checkpoint': checkpoint,
-                **provenance(args.command),
-                'options': vars(args),
-            }
-        text = json.dumps({'lists': lists}, indent=2) + '\n'
-        write_text(os.path.join(args.save_path, 'results.json'), text)
-
-
-def scores_path(folder, scores):
-    """Returns where a folder's scores are: a results.json may come from another folder."""
-    return os.path.join(folder, 'scores', os.path.basename(scores.replace('\\', '/')))
-
-
-def choose_scores_file(trial_list, lists):
-    """Chooses the file for a trial list's scores: its file so far, or one of a new name."""
-    for name in (trial_list, *other_names(trial_list, lists)):
-        if name in lists:
-            return lists[name]['scores']
-    taken = {os.path.basename(entry['scores']) for entry in lists.values()}
-    stem, _ = os.path.splitext(os.path.basename(trial_list))
-    name = f'{stem}.txt'
-    number = 1
-    while name in taken:
-        number += 1
-        name = f'{stem}_{number}.txt'
-    return name
-
-
-def other_names(trial_list, lists):
-    """Returns the other paths of a trial list among those of a results.json, such as absolute."""
-    place = os.path.abspath(trial_list)
-    return [path for path in lists if path != trial_list and os.path.abspath(path) == place]
-
-
-def read_list_scores(folder, trial_list, entry):
-    """Reads the scores of a trial list, by its entry in the folder's results.json.
-
-    Returns (labels (N,), {kind: scores (N,)}, names [(enrolment, test)]). Raises BadInput if they
-    are not the scores that the entry's figures were computed from.
-    """
-    path = scores_path(folder, entry['scores'])
-    labels, scores, names = read_trial_scores(path)
-    kinds = list(entry['figures'])
-    if scores.shape != (entry['trials'], len(kinds)):
-        raise BadInput(f'{path}: other trials or kinds than results.json has; score it again')
-    for kind, column in zip(kinds, scores.T):
-        eer = entry['figures'][kind]['EER']['value']
-        # Each score was rounded to 6 digits, so a target may be 1e-6 closer to another trial than
-        # it was, or farther. The EER falls as targets rise: the true one is between these two.
-        rounding = 1.001e-6 * labels
-        lowest = operating_points(column + rounding, labels)['EER']['value']
-        highest = operating_points(column - rounding, labels)['EER']['value']
-        if not lowest - 1e-6 <= eer <= highest + 1e-6:
-            raise BadInput(
-                f'{path}: these {kind} scores have an EER of {highest:.4f}%, but results.json says '
-                f'{eer:.4f}%: they are of another evaluation, or an older version of this code '
-                f'wrote them; score {trial_list} again'
-            )
-    return labels, dict(zip(kinds, scores.T)), names
-
-
-def read_trial_scores(path):
-    """Reads a file of scores: labels int (N,), scores (N, kinds), names [(enrolment, test)]."""
-    with open(path, encoding='utf-8', errors='surrogateescape') as lines:
-        rows = [line.split() for line in lines]
-    try:
-        labels = np.array([row[0] for row in rows], int)
-        scores = np.array([row[1:-2] for row in rows], float)
-        if scores.ndim != 2 or not scores.size:
-            raise ValueError('it has no scores')
-        if not np.isfinite(scores).all():
-            raise ValueError('a score is not finite')
-    except (ValueError, IndexError) as error:
-        raise BadInput(f'{path}: not a file of scores of --eval: {error}') from error
-    return labels, scores, [(row[-2], row[-1]) for row in rows]
-
-
-def say_figures(results, trial_lists):
-    """Prints the figures of score_lists' results: a table with a row for each list and kind."""
-    for trials, kinds in zip(trial_lists, results):
-        for kind, scored in kinds.items():
-            if scored.scores.min() == scored.scores.max():
-                say(f'WARNING       {trials.path}: all {kind} scores are equal; they tell nothing')
-    say(figures_table(results, trial_lists))
-
-
-def figures_table(results, trial_lists):
-    """Returns the text of say_figures' table."""
-    rows = [['list', 'kind', 'trials', 'speakers', *FIGURES]]
-    for trials, kinds in zip(trial_lists, results):
-        counts = [f'{len(trials.labels):,}', format_count(trials.speaker_count())]
-        for kind, scored in kinds.items():
-            cells = [format_figure(name, scored.figures) for name in FIGURES]
-            rows.append([trials.path, kind, *counts, *cells])
-    return table(rows)
-
-
-def format_count(count):
-    """The text of a number, '-' where it is not known."""
-    return '-' if count is None else f'{count:,}'
-
-
-def format_figure(name, figures):
-    """The text of a figure in {name: {'value'}}, with its interval if it has one; '-' for none."""
-    if name not in figures:
-        return '-'
-    digits = 2 if name == 'EER' else 4
-    text = f'{figures[name]["value"]:.{digits}f}'
-    if name == 'EER':
-        text += '%'
-    if 'interval' in figures[name]:
-        low, high = figures[name]['interval']
-        text += f' ({low:.{digits}f} to {high:.{digits}f})'
-    elif name in PRIORS and 'interval' in figures['EER']:
-        text += ' (-)'
-    return text
-
-
-def table(rows):
-    """Rows of cells as aligned lines of text."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
-        lines.append('  '.join(cells).rstrip())
-    return '\n'.join(lines)
 
 
 def read_bytes(path, missing=None):
@@ -744,22 +325,6 @@ def write_text(path, text):
 def sha256(content):
     """SHA-256 of bytes, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
-
-
-@contextlib.contextmanager
-def one_at_a_time(folder):
-    """Processes that enter the block with one folder wait for each other, if its disk has locks."""
-    handle = None
-    with contextlib.suppress(ImportError, OSError):  # Windows has no such locks
-        import fcntl
-
-        handle = os.open(folder, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        if handle is not None:
-            os.close(handle)
 
 
 # 3. Options that scripts share; processes; the log; errors for people.
@@ -967,6 +532,28 @@ def gather(items):
     return [item for part in lists for item in part]
 
 
+def compare_processes(options, args):
+    """Raises BadInput if the processes that train together differ in {option: value} or commit.
+
+    With other seeds or lists on one of two machines the training would go on, silently wrong.
+    """
+    facts = {f'--{name}': value for name, value in options.items()}
+    facts['commit'] = provenance(args.command)['commit']
+    everyone = gather([facts])
+    differences = []
+    for name, value in facts.items():
+        others = [other[name] for other in everyone if other[name] != value]
+        if others:
+            differences.append(f'{name}: {value} and {others[0]}')
+    if differences:
+        lines = ['the processes of this training do not have the same:', *differences]
+        lines.append(
+            'Give all machines one command, one checkout, the same lists, and a --save_path that '
+            'all of them see.'
+        )
+        raise BadInput('\n'.join(lines))
+
+
 def say(text):
     """Prints a line of the log, in the first process only."""
     if process_rank() == 0:
@@ -977,39 +564,6 @@ def note(text):
     """Prints a note once for all processes, on standard error: standard output is for results."""
     if process_rank() == 0:
         print(f'note: {text}', file=sys.stderr, flush=True)
-
-
-class Log:
-    """A stream whose text is dropped if it cannot be written (a closed pipe, a full disk)."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        """Writes text if possible."""
-        with contextlib.suppress(OSError):
-            self.stream.write(text)
-
-    def flush(self):
-        """Flushes what was written if possible."""
-        with contextlib.suppress(OSError):
-            self.stream.flush()
-
-
-@contextlib.contextmanager
-def lossy_log():
-    """Drops what cannot be printed in the block: no line of a log is worth a training."""
-    prepare_streams()
-    out = Log(sys.stdout)
-    err = Log(sys.stderr)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            yield
-    finally:
-        drop_unwritten()
 
 
 class BadInput(Exception):

@@ -25,8 +25,6 @@ from ECAPAModel import (
     Done,
     ECAPAModel,
     describe,
-    load_cohort,
-    load_model_of,
     load_weights,
     prune,
     read_checkpoint,
@@ -34,6 +32,7 @@ from ECAPAModel import (
     save_training,
     saved_models,
 )
+from exps.scoring import evaluate, say_figures
 from loss import LOSSES
 from model import ENCODERS
 from tools import BadInput, first_process_first, number, process_count, process_rank, say
@@ -129,7 +128,7 @@ def make_parser():
 def main(argv=None):
     """Runs the command; exit status 2, with a sentence, for input that cannot be used."""
     args = None
-    with tools.lossy_log(), tools.exit_on_bad_input(lambda: resume_hint(args)):
+    with lossy_log(), tools.exit_on_bad_input(lambda: resume_hint(args)):
         args = make_parser().parse_args(argv)
         args.command = tools.command_of('trainECAPAModel.py', argv)
         join_processes(args)
@@ -208,7 +207,7 @@ def prepare(args):
             dataLoader.check_data(dataset, trials[0], args.check, args.n_cpu, args.max_bad)
             dataLoader.check_lists(dataset, trials[0], args.eval_path, args.speaker)
     identity = run_identity(system, dataset, trials, args)
-    compare_processes({**identity, 'max_epoch': args.max_epoch}, args)
+    tools.compare_processes({**identity, 'max_epoch': args.max_epoch}, args)
     return Run(dataset, loader, trials, system, initial_weights, identity)
 
 
@@ -244,38 +243,7 @@ def score_epoch(run, done, scores, args):
         lines = [tools.SCORE_LINE % score for score in scores]
         tools.write_text(args.score_save_path, ''.join(lines))
     say(f'{now()} epoch {done.epoch}, EER {eer:2.2f}%, best EER {best:2.2f}%')
-    tools.say_figures(results, trial_lists)
-
-
-def evaluate(args):
-    """Scores --initial_model on --eval_list; prints the figures, and writes them and all scores."""
-    # An evaluation takes long: first see that its results can be written.
-    with first_process_first():
-        tools.read_results(args.save_path)
-        tools.check_writable(os.path.join(args.save_path, 'scores'), '--save_path')
-
-    system, checkpoint = load_model_of(args)
-    with first_process_first():
-        paths, trial_lists = dataLoader.read_trial_lists(
-            args.eval_list, args.eval_path, args.enrol_list, args.speaker
-        )
-        if process_rank() == 0:
-            dataLoader.check_audio(paths, '--eval_list')
-        cohort_files, top_n, subtract_mean = dataLoader.choose_normalisation(args)
-    names = ('score_norm', 'top_n', 'cohort_utterances', 'subtract_mean', 'seed')
-    facts = {name: getattr(args, name) for name in names}
-    facts['initial_model'] = f'SHA-256 {checkpoint["sha256"][:16]}'
-    facts['precision'] = system.precision
-    facts['eval_list'] = digests(trial_lists)
-    compare_processes(facts, args)
-
-    cohort = load_cohort(system, checkpoint, cohort_files)
-    results = system.score_lists(paths, trial_lists, cohort, top_n, subtract_mean)
-    if process_rank() == 0:
-        tools.add_intervals(results, trial_lists)
-        say(args.initial_model)
-        tools.say_figures(results, trial_lists)
-        tools.write_results(results, trial_lists, checkpoint, args)
+    say_figures(results, trial_lists)
 
 
 # Machinery: options; the plan; where a run stands; the log; processes.
@@ -497,28 +465,6 @@ def digests(trial_lists):
     return ' '.join(f'SHA-256 {trials.sha256[:16]}' for trials in trial_lists)
 
 
-def compare_processes(options, args):
-    """Raises BadInput if the processes that train together differ in {option: value} or commit.
-
-    With other seeds or lists on one of two machines the training would go on, silently wrong.
-    """
-    facts = {f'--{name}': value for name, value in options.items()}
-    facts['commit'] = tools.provenance(args.command)['commit']
-    everyone = tools.gather([facts])
-    differences = []
-    for name, value in facts.items():
-        others = [other[name] for other in everyone if other[name] != value]
-        if others:
-            differences.append(f'{name}: {value} and {others[0]}')
-    if differences:
-        lines = ['the processes of this training do not have the same:', *differences]
-        lines.append(
-            'Give all machines one command, one checkout, the same lists, and a --save_path that '
-            'all of them see.'
-        )
-        raise BadInput('\n'.join(lines))
-
-
 def resume_or_begin(run, args):
     """Resumes the run in --save_path, or begins one.
 
@@ -555,7 +501,7 @@ def resume_or_begin(run, args):
         for tensor in system.state_dict().values():
             dist.broadcast(tensor, 0)
     done = done or Done()
-    compare_processes({'save_path': f'epoch {done.epoch}, {len(scores)} scores'}, args)
+    tools.compare_processes({'save_path': f'epoch {done.epoch}, {len(scores)} scores'}, args)
     return done, scores
 
 
@@ -623,6 +569,39 @@ def sort_bad_audio(dataset):
 
 
 # The log.
+
+
+class Log:
+    """A stream whose text is dropped if it cannot be written (a closed pipe, a full disk)."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        """Writes text if possible."""
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        """Flushes what was written if possible."""
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+
+@contextlib.contextmanager
+def lossy_log():
+    """Drops what cannot be printed in the block: no line of a log is worth a training."""
+    tools.prepare_streams()
+    out = Log(sys.stdout)
+    err = Log(sys.stderr)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            yield
+    finally:
+        tools.drop_unwritten()
 
 
 def epoch_line(done, starts, max_epoch, share_idle, replaced):

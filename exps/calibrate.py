@@ -20,7 +20,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 import tools
-from tools import BadInput, speakers_of
+from dataLoader import speakers_of
+from exps import scoring
+from tools import BadInput
 
 FEWEST = 30  # trials of each kind, below which a fit says nothing
 CALIBRATED = ('Cllr', 'minCllr')  # of natural log-likelihood ratios
@@ -52,7 +54,7 @@ def main(argv=None):
 
 def calibrate(args):
     """Writes FOLDER/calibration.json, and prints the figures of the other lists."""
-    lists = tools.read_results(args.folder)
+    lists = scoring.read_results(args.folder)
     fit_list = find_list(lists, args.fit, args.folder)
     entry = lists[fit_list]
     kind = args.kind or list(entry['figures'])[-1]
@@ -107,7 +109,7 @@ def find_list(lists, name, folder):
 
 def read_kind(folder, path, entry, kind):
     """Returns (labels (N,), scores (N,) of a kind, names of each trial) of a list's entry."""
-    labels, scores, names = tools.read_list_scores(folder, path, entry)
+    labels, scores, names = scoring.read_list_scores(folder, path, entry)
     if kind not in scores:
         raise BadInput(f'--kind {kind}: {path} was scored as {", ".join(scores)}')
     return labels, scores[kind], names
@@ -163,10 +165,10 @@ def print_others(lists, calibration, fitted, args):
         ratios = calibration['weight'] * scores + calibration['bias']
         figures = tools.operating_points(ratios, labels)
         figures |= calibration_figures(ratios, labels)
-        cells = [tools.format_figure(name, figures) for name in FIGURES]
+        cells = [scoring.format_figure(name, figures) for name in FIGURES]
         rows.append([path, f'{len(labels):,}', *cells])
     if len(rows) > 1:
-        print(tools.table(rows))
+        print(scoring.table(rows))
     else:
         print('note: there is no other list to show what the ratios are worth')
 
@@ -182,7 +184,7 @@ def note_overlap(names, fitted, speaker):
     """Says which trials, or else how many speakers, a list has in common with the fitted one.
 
     names, fitted: the trials of the two lists [(enrolment, test)]; speaker: the pattern of
-    tools.speakers_of. Returns '' if they have nothing in common.
+    --speaker. Returns '' if they have nothing in common.
     """
     shared = len(trial_set(names) & trial_set(fitted))
     if shared:

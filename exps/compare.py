@@ -7,7 +7,7 @@ published run is shown beside them. `--markdown` prints the tables for a paper o
 
 Experiments that scored the same trials are compared in pairs: the difference of their figures from
 those of the first one named, or of --baseline, with an interval of 95 %, by the same replicates of
-the speakers on both sides (tools.replicate_figures). If it holds 0, these trials cannot tell the
+the speakers on both sides (scoring.replicate_figures). If it holds 0, these trials cannot tell the
 two apart.
 
     python -m exps.compare --seeds small=exps/small-1,exps/small-2,exps/small-3 exps/phone
@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dataLoader import number_speakers, speakers_of
 from exps.calibrate import (
     CALIBRATED,
     calibration_figures,
@@ -37,24 +38,24 @@ from exps.calibrate import (
     read_calibration,
     trial_set,
 )
+from exps.scoring import (
+    draw_speakers,
+    format_count,
+    format_figure,
+    intervals_of,
+    read_list_scores,
+    read_results,
+    replicate_figures,
+    table,
+)
 from tools import (
     FIGURES,
     BadInput,
     add_speaker_option,
-    draw_speakers,
     exit_on_bad_input,
-    format_count,
-    format_figure,
-    intervals_of,
-    number_speakers,
     operating_points,
-    read_list_scores,
-    read_results,
     read_scores,
-    replicate_figures,
     sha256,
-    speakers_of,
-    table,
 )
 
 PUBLISHED_NAME = 'published'
@@ -393,7 +394,7 @@ def number_speakers_of(runs, speaker):
 
 
 def pattern_of(entry, speaker):
-    """Returns the pattern of tools.speakers_of for a list: the one given, or that of --eval."""
+    """Returns the --speaker of a list: the one given, or that of --eval."""
     return speaker or entry.get('options', {}).get('speaker', '')
 
 

@@ -17,16 +17,10 @@ import sys
 import numpy as np
 from scipy.special import softmax
 
-from dataLoader import (
-    choose_normalisation,
-    find_audio,
-    model_fault,
-    read_list,
-    split_lines,
-    subfolders,
-)
-from ECAPAModel import load_cohort, load_model_of
+from dataLoader import find_audio, model_fault, read_list, split_lines, subfolders
+from ECAPAModel import load_model_of
 from exps.embed import list_files
+from exps.scoring import choose_normalisation, load_cohort, score_kinds
 from exps.verify import find_calibration
 from tools import (
     BadInput,
@@ -34,7 +28,6 @@ from tools import (
     check_writable,
     exit_on_bad_input,
     number,
-    score_kinds,
     sha256,
     write_text,
 )

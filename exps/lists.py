@@ -15,7 +15,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from dataLoader import RATE, SHORTEST, find_usable, parallel_map, read_audio
+from dataLoader import RATE, SHORTEST, find_usable, parallel_map, read_audio, speakers_of
 from tools import (
     BadInput,
     add_speaker_option,
@@ -23,7 +23,6 @@ from tools import (
     exit_on_bad_input,
     number,
     sha256,
-    speakers_of,
     write_text,
 )
 
@@ -73,7 +72,7 @@ def make_lists(folder, out, test_speakers=None, exhaustive=False, seed=10, speak
     """Writes train_list.txt and trials.txt in `out` for a folder with a folder per speaker.
 
     Prints a report. test_speakers: how many are held out for the trials, a tenth by default;
-    speaker: the pattern of tools.speakers_of. Files that cannot be used, and copies, are left out
+    speaker: the pattern of --speaker. Files that cannot be used, and copies, are left out
     and named in left_out.txt. Raises BadInput if no list can be made, or if a list is there.
     """
     for name in ('train_list.txt', 'trials.txt', 'left_out.txt'):

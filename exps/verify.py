@@ -15,17 +15,10 @@ import os
 import numpy as np
 from scipy.special import expit, logit
 
-from dataLoader import choose_normalisation
-from ECAPAModel import load_cohort, load_model_of
+from ECAPAModel import load_model_of
 from exps.calibrate import misfit, read_calibration
-from tools import (
-    BadInput,
-    add_scoring_options,
-    exit_on_bad_input,
-    number,
-    read_results,
-    score_kinds,
-)
+from exps.scoring import choose_normalisation, load_cohort, read_results, score_kinds
+from tools import BadInput, add_scoring_options, exit_on_bad_input, number
 
 DECISIONS = {True: 'the same speaker', False: 'different speakers'}
 

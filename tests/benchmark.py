@@ -57,7 +57,8 @@ from dataLoader import (
 )
 from ECAPAModel import ECAPAModel, choose_device
 from exps.export import to_onnx
-from tools import as_norm, available_cpus, default_n_cpu, operating_points, score_pairs
+from exps.scoring import as_norm
+from tools import available_cpus, default_n_cpu, operating_points, score_pairs
 
 RATE = 16000
 SHARED = Path(__file__).resolve().parents[2] / 'shared'

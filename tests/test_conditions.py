@@ -15,11 +15,10 @@ from conftest import command_line, make_system, trial_lines, wave, write_wav
 from scipy.stats import chisquare
 
 import dataLoader
-import tools
 import trainECAPAModel
 from dataLoader import INTERNET, TELEPHONE, Codec, through_codec, train_loader, usable_codecs
 from ECAPAModel import load_model
-from exps import conditions, identify
+from exps import conditions, identify, scoring
 from tools import BadInput
 
 ALL = {**TELEPHONE, **INTERNET}
@@ -402,6 +401,6 @@ def test_scores_in_blocks_are_those_of_each_pair(monkeypatch):
     for file in range(11):
         for model in range(7):
             pair = np.stack([models[model], embeddings[14 + file]])
-            expected = tools.score_kinds(pair, np.array([[0, 1]]), cohort, 10, True)
+            expected = scoring.score_kinds(pair, np.array([[0, 1]]), cohort, 10, True)
             for kind, scores in expected.items():
                 assert found[kind][file, model] == pytest.approx(scores[0], abs=2e-5)

@@ -12,9 +12,10 @@ from conftest import command_line, portable_system
 
 import tools
 import trainECAPAModel
-from dataLoader import choose_cohort, read_trial_lists
+from dataLoader import read_trial_lists
 from ECAPAModel import load_model
-from exps import calibrate, compare, verify
+from exps import calibrate, compare, scoring, verify
+from exps.scoring import choose_cohort, embed_speakers
 from tools import BadInput
 
 ROOT = Path(__file__).parents[1]
@@ -120,7 +121,7 @@ def test_models_are_enrolled_by_the_mean_of_their_utterances(tree, model, tmp_pa
     paths = [f'{tree["eval_path"]}/{name_of(s, n)}' for s in range(3) for n in range(3)]
     vectors = system.embed_files(paths)
     cohort = choose_cohort(tree['train_list'], tree['train_path'], 20, 10)
-    centre = system.embed_speakers(cohort).mean(axis=0)
+    centre = embed_speakers(system, cohort).mean(axis=0)
     for row, enrolled, test in ((0, [0, 1, 2], 4), (1, [3], 5), (2, [0, 1, 2], 6)):
         scores = [float(score) for score in rows[row][1:3]]
         expected = [
@@ -282,7 +283,7 @@ def test_calibration_of_written_scores(scored, tmp_path, capsys):
     assert 'exps.calibrate' in calibration['command']
     assert calibration['versions']['torch']
 
-    labels, scores, _ = tools.read_trial_scores(Path(scored['save_path'], 'scores/test.txt'))
+    labels, scores, _ = scoring.read_trial_scores(Path(scored['save_path'], 'scores/test.txt'))
     ratios = calibration['weight'] * scores[:, 0] + calibration['bias']
     figures = dict(zip(output[-2].split(), output[-1].split()))
     assert (figures['list'], figures['trials']) == (str(tmp_path / 'test.txt'), '60')
@@ -298,7 +299,7 @@ def test_calibration_of_written_scores(scored, tmp_path, capsys):
 def test_compare_shows_cllr_of_the_scores_that_a_calibration_is_for(scored, tmp_path, capsys):
     calibrate.main([scored['save_path'], '--fit', 'fit'])
     calibration = read_calibration(scored)
-    labels, scores, _ = tools.read_trial_scores(Path(scored['save_path'], 'scores/test.txt'))
+    labels, scores, _ = scoring.read_trial_scores(Path(scored['save_path'], 'scores/test.txt'))
     expected = slow_figures(calibration['weight'] * scores[:, 1] + calibration['bias'], labels)
 
     def costs():
@@ -326,7 +327,7 @@ def test_the_last_kind_is_calibrated_and_a_moved_folder_is_read(scored, tmp_path
     moved = Path(scored['save_path']).rename(tmp_path / 'moved')
     calibrate.main([str(moved), '--fit', str(tmp_path / 'test.txt')])
     calibration = json.loads((moved / 'calibration.json').read_text())
-    labels, scores, _ = tools.read_trial_scores(moved / 'scores/test.txt')
+    labels, scores, _ = scoring.read_trial_scores(moved / 'scores/test.txt')
     weight, bias = calibrate.fit(scores[:, 1], labels)
     assert calibration['kind'] == 'asnorm'
     assert [calibration['weight'], calibration['bias']] == pytest.approx([weight, bias])

@@ -13,15 +13,9 @@ from conftest import command_line, make_system, trial_lines, wave, write_wav
 
 import tools
 import trainECAPAModel
-from exps import compare
-from tools import (
-    FIGURES,
-    draw_speakers,
-    interval_of,
-    intervals_of,
-    operating_points,
-    replicate_figures,
-)
+from exps import compare, scoring
+from exps.scoring import draw_speakers, interval_of, intervals_of, replicate_figures
+from tools import FIGURES, operating_points
 
 
 def simulate(random, speakers, targets, others, pairs=None):
@@ -215,7 +209,7 @@ def evaluate(six, model, save_path, **options):
 
 def trials_of(folder):
     """(Scores, labels, pairs of speakers) of a file of scores."""
-    labels, scores, names = tools.read_trial_scores(Path(folder, 'scores/trials.txt'))
+    labels, scores, names = scoring.read_trial_scores(Path(folder, 'scores/trials.txt'))
     pairs = np.array([[int(name[2]) for name in trial] for trial in names])
     return scores[:, 0], labels, pairs
 
@@ -567,8 +561,8 @@ def test_rounded_scores_still_have_the_eer_of_the_results(tmp_path, scale):
         scores = np.float32(scale) * random.standard_normal(15).astype(np.float32)
         folder = tmp_path / f'{number}'
         experiment_of(folder, {'a.txt': scores})
-        ((path, entry),) = tools.read_results(folder).items()
-        _, found, _ = tools.read_list_scores(folder, path, entry)
+        ((path, entry),) = scoring.read_results(folder).items()
+        _, found, _ = scoring.read_list_scores(folder, path, entry)
         np.testing.assert_allclose(found['raw'], scores, atol=1e-6)
 
 

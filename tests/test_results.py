@@ -11,10 +11,9 @@ import pytest
 import torch
 from conftest import command_line, make_system
 
-import tools
 import trainECAPAModel
 from ECAPAModel import ECAPAModel
-from exps import embed
+from exps import embed, scoring
 from tools import BadInput
 
 pytestmark = pytest.mark.usefixtures('short_crops')
@@ -57,7 +56,7 @@ def test_a_copied_folder_never_writes_into_the_first(tree, model, tmp_path):
     assert (first / 'scores/trials.txt').read_bytes() == before
     assert (second / 'scores/trials.txt').read_bytes() != before
     ((path, entry),) = results_of(second).items()
-    _, scores, _ = tools.read_list_scores(second, path, entry)
+    _, scores, _ = scoring.read_list_scores(second, path, entry)
     assert list(scores) == ['raw']
 
     moved = first.rename(tmp_path / 'moved')
@@ -111,7 +110,7 @@ def test_a_place_that_cannot_be_written_is_named_at_the_start(
 
 def test_figures_are_printed_before_they_are_written(tree, model, capsys, monkeypatch):
     """A disk that fills up during a long evaluation costs the files, not the figures."""
-    monkeypatch.setattr(tools, 'write_text', lambda path, _: no_space(path))
+    monkeypatch.setattr(scoring, 'write_text', lambda path, _: no_space(path))
     with pytest.raises(SystemExit) as stop:
         run('--eval', **eval_options(tree, model))
     assert stop.value.code == 2

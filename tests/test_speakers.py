@@ -5,7 +5,8 @@ import argparse
 import pytest
 
 import tools
-from tools import BadInput, speakers_of
+from dataLoader import speakers_of
+from tools import BadInput
 
 IDS = ['id1', 'id1', 'id2', 'id3']
 

@@ -13,10 +13,11 @@ from conftest import command_line, make_system, wave, weights, write_wav
 
 import tools
 import trainECAPAModel
-from dataLoader import choose_cohort, train_loader
+from dataLoader import train_loader
 from ECAPAModel import ECAPAModel, load_model
 from exps import compare, embed, lists, verify
-from tools import BadInput, as_norm, operating_points, score_pairs
+from exps.scoring import as_norm, choose_cohort, embed_speakers
+from tools import BadInput, operating_points, score_pairs
 
 pytestmark = pytest.mark.usefixtures('short_crops')
 ROOT = Path(__file__).parents[1]
@@ -184,7 +185,7 @@ def test_as_norm_by_command(tree, model, capsys, embedded):
 def test_a_cohort_is_the_mean_over_utterances(tree, model):
     system = load_model(model, device='cpu')
     files = choose_cohort(tree['train_list'], tree['train_path'], per_speaker=2, seed=1)
-    cohort = system.embed_speakers(files)
+    cohort = embed_speakers(system, files)
     for speaker in range(4):
         paths = [f'{tree["train_path"]}/id{speaker}/session/{n:05d}.wav' for n in range(3)]
         each = system.embed_files(paths)

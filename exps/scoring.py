@@ -1,0 +1,568 @@
+"""Scoring beyond the EER of a test: kinds of scores, intervals, tables, results.json.
+
+In the order in which `trainECAPAModel.py --eval` goes through it: the command takes `evaluate` from
+here, and scripts take what they need.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from scipy.special import ndtr, stdtrit
+from tqdm import tqdm
+
+from dataLoader import check_audio, read_train_list, read_trial_lists, require
+from ECAPAModel import Scored, load_model_of
+from tools import (
+    FIGURES,
+    PRIORS,
+    BadInput,
+    available_cpus,
+    check_writable,
+    compare_processes,
+    error_rates,
+    find_figures,
+    first_process_first,
+    gather,
+    note,
+    operating_points,
+    process_rank,
+    provenance,
+    say,
+    score_pairs,
+    sha256,
+    sort_by_score,
+    unit_length,
+    unit_whole,
+    write_text,
+    write_whole,
+)
+
+REPLICATES = 1000  # of the speakers of a list, for an interval
+
+
+def evaluate(args):
+    """Scores --initial_model on --eval_list; prints the figures, and writes them and all scores."""
+    # An evaluation takes long: first see that its results can be written.
+    with first_process_first():
+        read_results(args.save_path)
+        check_writable(os.path.join(args.save_path, 'scores'), '--save_path')
+
+    system, checkpoint = load_model_of(args)
+    with first_process_first():
+        paths, trial_lists = read_trial_lists(
+            args.eval_list, args.eval_path, args.enrol_list, args.speaker
+        )
+        if process_rank() == 0:
+            check_audio(paths, '--eval_list')
+        cohort_files, top_n, subtract_mean = choose_normalisation(args)
+    names = ('score_norm', 'top_n', 'cohort_utterances', 'subtract_mean', 'seed')
+    facts = {name: getattr(args, name) for name in names}
+    facts['initial_model'] = f'SHA-256 {checkpoint["sha256"][:16]}'
+    facts['precision'] = system.precision
+    facts['eval_list'] = [trials.sha256[:16] for trials in trial_lists]
+    compare_processes(facts, args)
+
+    cohort = load_cohort(system, checkpoint, cohort_files)
+    results = score_lists(system, paths, trial_lists, cohort, top_n, subtract_mean)
+    if process_rank() == 0:
+        add_intervals(results, trial_lists)
+        say(args.initial_model)
+        say_figures(results, trial_lists)
+        write_results(results, trial_lists, checkpoint, args)
+
+
+# Cohorts: speakers of the training list, which scores are normalised by.
+
+
+def choose_normalisation(args):
+    """(choose_cohort or None, top_n or None, subtract_mean) of a command's options."""
+    top_n = args.top_n if args.score_norm == 'asnorm' else None
+    files = None
+    if top_n or args.subtract_mean:
+        files = choose_cohort(args.train_list, args.train_path, args.cohort_utterances, args.seed)
+    return files, top_n, args.subtract_mean
+
+
+def choose_cohort(train_list, train_path, per_speaker, seed):
+    """For each speaker of a training list, the paths of up to per_speaker utterances.
+
+    They are drawn at random.
+    """
+    require(os.path.isdir, train_path, '--train_path')
+    _, labels, names, _ = read_train_list(train_list)
+    by_speaker = np.argsort(labels, kind='stable')
+    ends = np.cumsum(np.bincount(labels))
+    rng = np.random.default_rng(seed)
+    cohort = []
+    for utterances in np.split(by_speaker, ends[:-1]):
+        chosen = rng.permutation(utterances)[:per_speaker]
+        cohort.append([os.path.join(train_path, names[i]) for i in chosen])
+    return cohort
+
+
+def load_cohort(system, checkpoint, files):
+    """Returns what embed_speakers returns for files, and keeps it beside the checkpoint.
+
+    A kept cohort is used, and this is said, if nothing that it was made from has changed.
+    checkpoint: {'path', 'sha256'} of the system's weights; files: what choose_cohort returns, None
+    for no cohort.
+    """
+    if files is None:
+        return None
+    path = f'{checkpoint["path"]}.cohort.npz'
+    key = cohort_key(system, checkpoint, files)
+    cohort = read_cohort(path, key)
+    # One process may read the file just before another one writes it.
+    if all(gather([cohort is not None])):
+        note(f'the cohort of {len(files):,} speakers is the one kept in {path}')
+        return cohort
+
+    cohort = embed_speakers(system, files)
+    if process_rank() == 0:
+        try:
+            write_whole(path, lambda file: np.savez(file, key=key, cohort=cohort))
+        except BadInput as error:
+            note(f'the cohort is not kept: {error}')
+    return cohort
+
+
+def embed_speakers(system, files):
+    """One embedding for each speaker: the mean of embed_files over the speaker's files.
+
+    files: a list of paths for each speaker. Returns (speakers, 2, D); a score against a mean
+    is the mean of the scores.
+    """
+    embeddings = system.embed_files([path for paths in files for path in paths])
+    ends = np.cumsum([len(paths) for paths in files])
+    return np.stack([part.mean(axis=0) for part in np.split(embeddings, ends[:-1])])
+
+
+def cohort_key(system, checkpoint, files):
+    """Text that changes with all that a cohort is made from.
+
+    These are the weights, the arithmetic, and which files there are with their sizes and times.
+    """
+    versions = []
+    for path in itertools.chain.from_iterable(files):
+        try:
+            status = os.stat(path)
+            # Its own time too: a copy may keep the time of the original.
+            versions.append((path, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+        except OSError:
+            # Reading it says what is wrong.
+            versions.append((path, None))
+    counts = [len(paths) for paths in files]
+    inputs = (system.precision, system.device.type, counts, versions)
+    return f'{checkpoint["sha256"]} {sha256(os.fsencode(repr(inputs)))}'
+
+
+def read_cohort(path, key):
+    """The cohort in a file of load_cohort; None if there is none, or its key is another one."""
+    broken = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile)
+    with contextlib.suppress(*broken), np.load(path) as kept:
+        if str(kept['key']) == key:
+            return kept['cohort']
+    return None
+
+
+# Kinds of scores. In the shapes, D is the size of an embedding: 192 for ECAPA-TDNN.
+
+
+def score_lists(system, paths, trial_lists, cohort=None, top_n=None, subtract_mean=False):
+    """Scores what read_trial_lists returns; returns for each list {kind: Scored}.
+
+    cohort: what embed_speakers returns. The kinds are those of score_kinds.
+    """
+    embeddings = system.embed_files(paths)
+    results = []
+    for trials in trial_lists:
+        vectors = trials.mean(embeddings)
+        kinds = score_kinds(vectors, trials.pairs, cohort, top_n, subtract_mean)
+        results.append(
+            {
+                kind: Scored(scores, operating_points(scores, trials.labels))
+                for kind, scores in kinds.items()
+            }
+        )
+    return results
+
+
+def score_kinds(embeddings, pairs, cohort=None, top_n=None, subtract_mean=False):
+    """Computes all kinds of scores of pairs (N, 2) of rows of embeddings (files, 2, D).
+
+    embeddings: what ECAPAModel.embed_files returns, or means of these; cohort: (speakers, 2, D).
+    Returns {kind: (N,)}: always 'raw'; with top_n also 'asnorm', by the top_n closest speakers of
+    the cohort; with subtract_mean also 'centred'; with both also 'centred asnorm'.
+    """
+    scores = {}
+    for kind, vectors, speakers in vectors_of_kinds(embeddings, cohort, subtract_mean):
+        scores[kind] = score_pairs(vectors, pairs)
+        if top_n:
+            normalised = 'asnorm' if kind == 'raw' else f'{kind} asnorm'
+            scores[normalised] = as_norm(scores[kind], vectors, pairs, speakers, top_n)
+    return scores
+
+
+def vectors_of_kinds(embeddings, cohort, subtract_mean):
+    """Yields (kind, embeddings, cohort) for 'raw' and, with subtract_mean, for 'centred'.
+
+    'centred': subtract the cohort mean from both vectors of a file and normalise them; the same for
+    the cohort.
+    """
+    yield 'raw', unit_whole(embeddings), cohort
+    if subtract_mean:
+        mean = cohort.mean(axis=0)
+        yield 'centred', unit_length(embeddings - mean), unit_length(cohort - mean)
+
+
+def as_norm(scores, embeddings, pairs, cohort, top_n):
+    """Normalises scores by adaptive s-norm (Matejka et al., Interspeech 2017, eq. 3 and 4).
+
+    scores: (N,) of pairs (N, 2) of rows of embeddings (files, 2, D); cohort, top_n: as in
+    cohort_moments. Returns float32 (N,).
+    """
+    mean, std = cohort_moments(embeddings, cohort, top_n)
+    return ((scores[:, None] - mean[pairs]) / std[pairs]).mean(axis=1)
+
+
+def cohort_moments(embeddings, cohort, top_n):
+    """Computes mean and deviation of the top_n highest scores of each file against a cohort.
+
+    embeddings: (files, 2, D); cohort: (speakers, 2, D), scored against each file as a trial is,
+    all of them if they are fewer than top_n. Returns float32 (2, files). Raises BadInput if a file
+    scores the same against all of them.
+    """
+    top_n = min(top_n, len(cohort))
+    speakers = torch.from_numpy(0.5 * cohort.reshape(len(cohort), -1)).T
+    vectors = torch.from_numpy(embeddings.reshape(len(embeddings), -1))
+    threads = available_cpus()
+
+    def moments_of(scores):
+        # NumPy selects faster than torch.topk, and in several threads.
+        closest = np.partition(scores, -top_n, axis=1)[:, -top_n:]
+        return np.stack([closest.mean(axis=1), closest.std(axis=1)])
+
+    parts = []
+    with ThreadPoolExecutor(threads) as pool:
+        for files in vectors.split(4096):
+            scores = (files @ speakers).numpy()
+            parts += pool.map(moments_of, np.array_split(scores, threads))
+    moments = np.concatenate(parts, axis=1)
+
+    # Written so that NaN is refused too.
+    if not moments[1].min() > 0:
+        raise BadInput(
+            'the cohort cannot normalise: all its speakers score the same; give more speakers, or '
+            'more of them with --top_n'
+        )
+    return moments
+
+
+# How sure the figures are: intervals from replicates of the speakers.
+
+
+def add_intervals(results, trial_lists):
+    """Adds to each figure of score_lists' results its 'interval' of 95 %, [low, high].
+
+    Prints a note for a list, or a figure, that has none.
+    """
+    for trials, kinds in zip(trial_lists, results):
+        if trials.speakers is None:
+            say(f'note          no intervals for {trials.path}: {trials.why_no_speakers}')
+            continue
+        count = trials.speaker_count()
+        draws = draw_speakers(count)
+        for kind, scored in kinds.items():
+            values = replicate_figures(
+                scored.scores, trials.labels, trials.speakers, draws, f'how sure, {kind}'
+            )
+            intervals = intervals_of(values, trials.labels, count)
+            for name, interval in intervals.items():
+                scored.figures[name]['interval'] = interval
+            left_out = int(np.isnan(values[:, 0]).sum())
+            if left_out:
+                say(
+                    f'note          {trials.path}: {left_out} of {REPLICATES} replicates have only '
+                    'target or only non-target trials, and are left out of the intervals'
+                )
+        for name in FIGURES:
+            if name not in intervals:
+                say(
+                    f'note          {trials.path}: no interval for {name}, which needs at least '
+                    f'{fewest_others(name):,} trials of different speakers'
+                )
+
+
+def draw_speakers(count, replicates=REPLICATES, seed=0):
+    """Draws speakers for replicates: how often each of `count` is drawn, int64 (replicates, count).
+
+    A replicate draws `count` speakers with replacement. The draws are the same for the same count,
+    so that two sets of scores of one list can be compared replicate by replicate.
+    """
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(count, np.full(count, 1 / count), size=replicates)
+
+
+def replicate_figures(scores, labels, speakers, draws, title=None):
+    """Computes FIGURES of replicates of a trial list, by a joint bootstrap over speakers.
+
+    scores, labels: (N,); speakers: int (N, 2), the two of each trial; draws: what draw_speakers
+    returns; title: of a progress bar. If a replicate draws a speaker c times, a target trial counts
+    c times, and a non-target trial as often as the product of the c of its two speakers. So both
+    sides of a trial vary, and trials that share a speaker vary together; compare the bootstrap of
+    rows and columns of Owen, Annals of Applied Statistics, 2007.
+
+    Returns (replicates, 3); NaN if a replicate has no target or no non-target trials.
+    """
+    _, is_target, ends, order = sort_by_score(scores, labels)
+    first, second = np.asarray(speakers)[order].T
+    # A target trial counts by one of its sides only: the other is a speaker who is drawn once.
+    second = np.where(is_target, -1, second)
+
+    def figures_of(counts):
+        counts = np.append(counts, 1).astype(np.int32)
+        rates = error_rates(counts[first] * counts[second], is_target, ends)
+        return [value for value, _ in find_figures(*rates).values()]
+
+    with ThreadPoolExecutor(available_cpus()) as pool:
+        done = pool.map(figures_of, draws)
+        # disable=None shows the bar only on a terminal.
+        disable = None if title else True
+        return np.array(list(tqdm(done, title, len(draws), disable=disable, leave=False)))
+
+
+def intervals_of(values, labels, speakers):
+    """Returns {figure: [low, high]}, intervals of 95 % from replicates of FIGURES (replicates, 3).
+
+    labels: (N,) of the trials; speakers: how many there are. There is none for a minDCF whose list
+    has too few trials of different speakers: the cost then rests on a few false alarms, or none.
+    """
+    others = np.sum(np.asarray(labels) != 1)
+    return {
+        name: interval_of(column, speakers)
+        for name, column in zip(FIGURES, values.T)
+        if others >= fewest_others(name)
+    }
+
+
+def fewest_others(name):
+    """Returns how many trials of different speakers the interval of a figure needs."""
+    if name not in PRIORS:
+        return 1
+    prior = PRIORS[name]
+    return round(30 * (1 - prior) / prior)
+
+
+def interval_of(values, speakers):
+    """Returns [low, high], the interval of 95 % of replicates (R,); NaN is left out.
+
+    The percentiles are expanded, because replicates of few speakers vary too little (Hesterberg,
+    The American Statistician, 2015).
+    """
+    quantile = stdtrit(speakers - 1, 0.025) * math.sqrt(speakers / (speakers - 1))
+    tail = 100 * ndtr(quantile)
+    low, high = np.nanpercentile(values, [tail, 100 - tail])
+    return [float(low), float(high)]
+
+
+# Tables.
+
+
+def say_figures(results, trial_lists):
+    """Prints the figures of score_lists' results: a table with a row for each list and kind."""
+    for trials, kinds in zip(trial_lists, results):
+        for kind, scored in kinds.items():
+            if scored.scores.min() == scored.scores.max():
+                say(f'WARNING       {trials.path}: all {kind} scores are equal; they tell nothing')
+    say(figures_table(results, trial_lists))
+
+
+def figures_table(results, trial_lists):
+    """Returns the text of say_figures' table."""
+    rows = [['list', 'kind', 'trials', 'speakers', *FIGURES]]
+    for trials, kinds in zip(trial_lists, results):
+        counts = [f'{len(trials.labels):,}', format_count(trials.speaker_count())]
+        for kind, scored in kinds.items():
+            cells = [format_figure(name, scored.figures) for name in FIGURES]
+            rows.append([trials.path, kind, *counts, *cells])
+    return table(rows)
+
+
+def table(rows):
+    """Rows of cells as aligned lines of text."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        lines.append('  '.join(cells).rstrip())
+    return '\n'.join(lines)
+
+
+def format_count(count):
+    """The text of a number, '-' where it is not known."""
+    return '-' if count is None else f'{count:,}'
+
+
+def format_figure(name, figures):
+    """The text of a figure in {name: {'value'}}, with its interval if it has one; '-' for none."""
+    if name not in figures:
+        return '-'
+    digits = 2 if name == 'EER' else 4
+    text = f'{figures[name]["value"]:.{digits}f}'
+    if name == 'EER':
+        text += '%'
+    if 'interval' in figures[name]:
+        low, high = figures[name]['interval']
+        text += f' ({low:.{digits}f} to {high:.{digits}f})'
+    elif name in PRIORS and 'interval' in figures['EER']:
+        text += ' (-)'
+    return text
+
+
+# Results: results.json and scores/LIST.txt of a folder.
+
+
+def read_results(folder):
+    """Reads a folder's results.json: {trial list: its entry}, {} if there is none.
+
+    write_results says what an entry holds. Raises BadInput if the file holds something else.
+    """
+    path = os.path.join(folder, 'results.json')
+    if not os.path.exists(path):
+        return {}
+    try:
+        with open(path, encoding='utf-8') as file:
+            lists = json.load(file)['lists']
+        for entry in lists.values():
+            for name in ('figures', 'scores', 'trials', 'checkpoint'):
+                entry[name]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f'{path}: not what this --eval writes; move it away') from error
+    return lists
+
+
+def write_results(results, trial_lists, checkpoint, args):
+    """Writes SAVE_PATH/results.json, where other lists stay, and scores/LIST.txt for each list.
+
+    results: what ECAPAModel.score_lists returns for trial_lists; checkpoint: {'path', 'sha256'}. A
+    line of scores is `label scores... enrolment test`, a score for each kind. If two lists have one
+    name, the second's file gets a number.
+    """
+    os.makedirs(os.path.join(args.save_path, 'scores'), exist_ok=True)
+    with one_at_a_time(args.save_path):
+        lists = read_results(args.save_path)
+        for trials, kinds in zip(trial_lists, results):
+            path = scores_path(args.save_path, choose_scores_file(trials.path, lists))
+            columns = [[f'{score:.6f}' for score in scored.scores] for scored in kinds.values()]
+            lines = []
+            for label, scores, (enrolment, test) in zip(trials.labels, zip(*columns), trials.pairs):
+                names = [trials.names[enrolment], trials.names[test]]
+                lines.append(' '.join([str(label), *scores, *names]) + '\n')
+            write_text(path, ''.join(lines))
+            for other in other_names(trials.path, lists):
+                del lists[other]
+            lists[trials.path] = {
+                'figures': {kind: scored.figures for kind, scored in kinds.items()},
+                'scores': path,
+                'trials': len(trials.labels),
+                'targets': int(trials.labels.sum()),
+                'speakers': trials.speaker_count(),
+                'sha256': trials.sha256,
+                'checkpoint': checkpoint,
+                **provenance(args.command),
+                'options': vars(args),
+            }
+        text = json.dumps({'lists': lists}, indent=2) + '\n'
+        write_text(os.path.join(args.save_path, 'results.json'), text)
+
+
+def choose_scores_file(trial_list, lists):
+    """Chooses the file for a trial list's scores: its file so far, or one of a new name."""
+    for name in (trial_list, *other_names(trial_list, lists)):
+        if name in lists:
+            return lists[name]['scores']
+    taken = {os.path.basename(entry['scores']) for entry in lists.values()}
+    stem, _ = os.path.splitext(os.path.basename(trial_list))
+    name = f'{stem}.txt'
+    number = 1
+    while name in taken:
+        number += 1
+        name = f'{stem}_{number}.txt'
+    return name
+
+
+def other_names(trial_list, lists):
+    """Returns the other paths of a trial list among those of a results.json, such as absolute."""
+    place = os.path.abspath(trial_list)
+    return [path for path in lists if path != trial_list and os.path.abspath(path) == place]
+
+
+def scores_path(folder, scores):
+    """Returns where a folder's scores are: a results.json may come from another folder."""
+    return os.path.join(folder, 'scores', os.path.basename(scores.replace('\\', '/')))
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder):
+    """Processes that enter the block with one folder wait for each other, if its disk has locks."""
+    handle = None
+    with contextlib.suppress(ImportError, OSError):  # Windows has no such locks
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def read_list_scores(folder, trial_list, entry):
+    """Reads the scores of a trial list, by its entry in the folder's results.json.
+
+    Returns (labels (N,), {kind: scores (N,)}, names [(enrolment, test)]). Raises BadInput if they
+    are not the scores that the entry's figures were computed from.
+    """
+    path = scores_path(folder, entry['scores'])
+    labels, scores, names = read_trial_scores(path)
+    kinds = list(entry['figures'])
+    if scores.shape != (entry['trials'], len(kinds)):
+        raise BadInput(f'{path}: other trials or kinds than results.json has; score it again')
+    for kind, column in zip(kinds, scores.T):
+        eer = entry['figures'][kind]['EER']['value']
+        # Each score was rounded to 6 digits, so a target may be 1e-6 closer to another trial than
+        # it was, or farther. The EER falls as targets rise: the true one is between these two.
+        rounding = 1.001e-6 * labels
+        lowest = operating_points(column + rounding, labels)['EER']['value']
+        highest = operating_points(column - rounding, labels)['EER']['value']
+        if not lowest - 1e-6 <= eer <= highest + 1e-6:
+            raise BadInput(
+                f'{path}: these {kind} scores have an EER of {highest:.4f}%, but results.json says '
+                f'{eer:.4f}%: they are of another evaluation, or an older version of this code '
+                f'wrote them; score {trial_list} again'
+            )
+    return labels, dict(zip(kinds, scores.T)), names
+
+
+def read_trial_scores(path):
+    """Reads a file of scores: labels int (N,), scores (N, kinds), names [(enrolment, test)]."""
+    with open(path, encoding='utf-8', errors='surrogateescape') as lines:
+        rows = [line.split() for line in lines]
+    try:
+        labels = np.array([row[0] for row in rows], int)
+        scores = np.array([row[1:-2] for row in rows], float)
+        if scores.ndim != 2 or not scores.size:
+            raise ValueError('it has no scores')
+        if not np.isfinite(scores).all():
+            raise ValueError('a score is not finite')
+    except (ValueError, IndexError) as error:
+        raise BadInput(f'{path}: not a file of scores of --eval: {error}') from error
+    return labels, scores, [(row[-2], row[-1]) for row in rows]
