@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from cli import command_line  # noqa: F401
 
 from ECAPAModel import ECAPAModel, read_checkpoint
 
@@ -153,9 +154,20 @@ def trial_lines(names):
     return ''.join(lines)
 
 
-def command_line(*flags, **options):
-    """Makes the arguments of trainECAPAModel.py from its options."""
-    arguments = list(flags)
-    for name, value in options.items():
-        arguments += [f'--{name}', str(value)]
-    return arguments
+@pytest.fixture
+def few_trials(tree):
+    """Leaves `tree` six trials of short utterances, as evaluation takes most of the time."""
+    names = [f'id{speaker}/session/{n:05d}.wav' for speaker in (1, 2) for n in range(2)]
+    Path(tree['eval_list']).write_text(trial_lines(names))
+    for number, name in enumerate(names):
+        write_wav(Path(tree['eval_path'], name), wave(number, 8000), subtype='PCM_16')
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A checkpoint of random weights, in the folder of a run as --eval and exps.verify have it."""
+    torch.manual_seed(1)
+    path = tmp_path / 'exp/model/model_0001.model'
+    path.parent.mkdir(parents=True)
+    make_system().save_parameters(path)
+    return str(path)

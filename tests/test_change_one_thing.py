@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import command_line
+from cli import command_line
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]

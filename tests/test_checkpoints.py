@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command_line, make_system
+from cli import command_line
+from conftest import make_system
 
 import tools
 import trainECAPAModel

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import command_line, make_system, write_wav
+from cli import command_line
+from conftest import make_system, write_wav
 
 import trainECAPAModel
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import command_line, weights
+from cli import command_line
+from conftest import make_system, weights
 from voices import make_corpus
 
 import dataLoader
 import trainECAPAModel
-from ECAPAModel import ECAPAModel
 from tools import read_scores
 
 pytestmark = pytest.mark.usefixtures('short_crops')
@@ -38,12 +38,6 @@ def voices(tmp_path_factory):
         'musan_path': folder / 'musan_split',
         'rir_path': folder / 'simulated_rirs',
     }
-
-
-def make_system():
-    return ECAPAModel(
-        lr=0.001, lr_decay=0.97, C=16, n_class=6, m=0.2, s=30, test_step=1, device='cpu'
-    )
 
 
 def run(voices, *flags, **options):
@@ -96,7 +90,7 @@ def test_the_plan_comes_first_and_a_log_has_no_progress_bar(voices, tmp_path):
     assert f'6 speakers, {utterances} utterances' in plan
     assert f'{utterances // 8} steps of 8 utterances' in plan
 
-    system = make_system()
+    system = make_system(16, 6)
     encoder = number_of_parameters(system.speaker_encoder)
     classifier = number_of_parameters(system.speaker_loss)
     sizes = f'{encoder:,} in the encoder, {classifier:,} in the classifier of 6 speakers'
@@ -185,7 +179,7 @@ def test_eval_gives_the_figures_of_training(voices, trained, capsys):
     assert float(figures['EER'].rstrip('%')) == last[4]
     assert float(figures['minDCF(0.01)']) >= float(figures['minDCF(0.05)'])
 
-    system = make_system()
+    system = make_system(16, 6)
     system.load_parameters(model)
     eer, min_dcf = system.eval_network(
         eval_list=str(voices['eval_list']), eval_path=str(voices['eval_path'])

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import command_line, make_system, trial_lines, wave, write_wav
+from cli import command_line
+from conftest import make_system, trial_lines, wave, write_wav
 from scipy.stats import chisquare
 
 import dataLoader

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import command_line, portable_system
+from cli import command_line
+from conftest import portable_system
 
 import tools
 import trainECAPAModel

@@ -8,10 +8,10 @@ import pytest
 import soundfile
 import torch
 import voices
-from conftest import command_line
+from cli import command_line
+from conftest import make_system
 
 import trainECAPAModel
-from ECAPAModel import ECAPAModel
 from tools import read_scores
 
 ROOT = Path(__file__).parents[1]
@@ -151,11 +151,8 @@ def test_training_learns_the_voice(tmp_path, capsys, short_crops):
         eers[name] = last[4]
 
     torch.manual_seed(0)
-    system = ECAPAModel(
-        lr=0.001, lr_decay=0.97, C=64, n_class=2, m=0.2, s=30, test_step=1, device='cpu'
-    )
     model = tmp_path / 'untrained.model'
-    system.save_parameters(model)
+    make_system(64).save_parameters(model)
     capsys.readouterr()
     arguments = command_line(
         '--eval', initial_model=model, save_path=tmp_path / 'untrained', device='cpu', **trials

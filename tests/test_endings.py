@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import command_line, make_system, wave, write_wav
+from cli import command_line
+from conftest import make_system, wave, write_wav
 
 import tools
 import trainECAPAModel

@@ -9,25 +9,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import portable_system, wave, weights, write_wav
+from conftest import make_system, portable_system, wave, weights, write_wav
 
 import dataLoader
-from ECAPAModel import ECAPAModel, describe
+from ECAPAModel import describe
 from loss import AAMsoftmax
 from tools import ComputeErrorRates, ComputeMinDcf, operating_points, tuneThresholdfromScore
-
-
-def make_system(C, n_class, test_step=1):
-    return ECAPAModel(
-        lr=0.001,
-        lr_decay=0.97,
-        C=C,
-        n_class=n_class,
-        m=0.2,
-        s=30,
-        test_step=test_step,
-        device='cpu',
-    )
 
 
 @pytest.fixture(scope='module')
@@ -227,15 +214,10 @@ def test_learning_rates(golden):
     assert len(curves) == 2
     for text, expected in curves.items():
         options = dict(option.split('=') for option in text.split())
-        system = ECAPAModel(
+        system = make_system(
             lr=float(options['lr']),
             lr_decay=float(options['lr_decay']),
-            C=8,
-            n_class=2,
-            m=0.2,
-            s=30,
             test_step=int(options['test_step']),
-            device='cpu',
         )
         rates = [system.set_rate_and_margin(epochs_done) for epochs_done in range(80)]
         np.testing.assert_allclose(rates, expected, rtol=1e-12)

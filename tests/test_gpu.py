@@ -5,7 +5,8 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import command_line, portable_system, wave, write_wav
+from cli import command_line
+from conftest import portable_system, wave, write_wav
 from test_batch_norm import BOUNDS, norm_errors
 
 import trainECAPAModel

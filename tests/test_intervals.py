@@ -9,7 +9,8 @@ import plain
 import pytest
 import scipy.stats
 import torch
-from conftest import command_line, make_system, trial_lines, wave, write_wav
+from cli import command_line
+from conftest import make_system, trial_lines, wave, write_wav
 
 import tools
 import trainECAPAModel

@@ -10,7 +10,7 @@ import numpy as np
 import plain
 import pytest
 import torch
-from conftest import portable_system, wave, write_wav
+from conftest import make_system, portable_system, wave, write_wav
 from torch.utils.data import DataLoader
 
 from dataLoader import (
@@ -22,18 +22,12 @@ from dataLoader import (
     read_trial_lists,
     train_loader,
 )
-from ECAPAModel import ECAPAModel, describe
+from ECAPAModel import describe
 from loss import LOSSES, AAMsoftmax
 from model import ENCODERS
 from tools import ComputeErrorRates, ComputeMinDcf, accuracy, score_pairs
 
 ROOT = Path(__file__).parents[1]
-
-
-def make_system(C=16, **options):
-    return ECAPAModel(
-        lr=0.001, lr_decay=0.97, C=C, n_class=20, m=0.2, s=30, test_step=1, device='cpu', **options
-    )
 
 
 def test_network_and_gradients(monkeypatch):
@@ -120,7 +114,7 @@ def test_padded_batches_equal_single_utterances(encoder, lengths):
 @pytest.mark.parametrize('loss', LOSSES)
 @pytest.mark.parametrize('encoder', ENCODERS)
 def test_a_checkpoint_tells_its_encoder_and_its_sizes(encoder, loss):
-    found = describe(make_system(16, encoder=encoder, loss=loss).state_dict())
+    found = describe(make_system(16, 20, encoder=encoder, loss=loss).state_dict())
     assert (found['encoder'], found['C']) == (encoder, 16)
     assert found['n_class'] == 20
 
@@ -163,7 +157,7 @@ def test_evaluation_equals_one_file_at_a_time(tree, monkeypatch, as_on_gpu):
     paths, (trials,) = read_trial_lists([tree['eval_list']], [tree['eval_path']])
 
     torch.manual_seed(2)
-    system = make_system(n_cpu=2)
+    system = make_system(16, 20, n_cpu=2)
     shapes = set()
     encode = system.speaker_encoder.encode
 
@@ -358,7 +352,7 @@ def test_a_worker_does_not_copy_the_list(tmp_path, tree):
 
 
 def test_the_body_of_the_encoder_is_one_graph():
-    encode = make_system().speaker_encoder.encode
+    encode = make_system(16, 20).speaker_encoder.encode
     features = torch.randn(2, 80, 50)
     compiled = torch.compile(encode, backend='eager', fullgraph=True)
     np.testing.assert_allclose(compiled(features).detach(), encode(features).detach(), atol=1e-5)
@@ -377,7 +371,7 @@ def test_bfloat16_is_close_and_keeps_the_loss_in_float32():
     gradients = []
     for precision in ('fp32', 'bf16'):
         torch.manual_seed(8)
-        system = make_system(C=64, precision=precision)
+        system = make_system(64, 20, precision=precision)
         loss, _ = system(waves, labels)
         loss.backward()
         assert loss.dtype == torch.float32
@@ -400,7 +394,7 @@ def test_the_loader_is_named_where_it_is_the_bottleneck(tree, capsys):
                 time.sleep(0.01)
                 yield torch.randn(2, 1040), torch.tensor([0, 1])
 
-    system = make_system(C=8)
+    system = make_system(8, 20)
     system.train_step = lambda audio, labels: torch.zeros(3)
     system.train_network(1, Slow())
     system.train_network(2, Slow())

@@ -12,23 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import command_line, weights
+from cli import command_line
+from conftest import make_system, weights
 
 import trainECAPAModel
 from dataLoader import make_batches, train_loader
-from ECAPAModel import ECAPAModel
 from tools import BadInput, process_count, process_rank, read_scores, sum_over_processes
 from trainECAPAModel import join_processes
 
 ROOT = Path(__file__).parents[1]
 COMMAND = ROOT / 'trainECAPAModel.py'
 SMALL = {'C': 8, 'num_frames': 20, 'batch_size': 4, 'n_cpu': 1, 'max_epoch': 2, 'device': 'cpu'}
-
-
-def make_system():
-    return ECAPAModel(
-        lr=0.001, lr_decay=0.97, C=8, n_class=4, m=0.2, s=30, test_step=1, device='cpu'
-    )
 
 
 def torchrun(script, *arguments, restarts=0, cwd):

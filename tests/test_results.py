@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import command_line, make_system
+from cli import command_line
+from conftest import make_system
 
 import trainECAPAModel
 from ECAPAModel import ECAPAModel

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import command_line, make_system, wave, weights, write_wav
+from cli import command_line
+from conftest import make_system, wave, weights, write_wav
 
 import dataLoader
 import tools

@@ -7,19 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import make_system
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import tools
 from dataLoader import EVAL_CROP
-from ECAPAModel import ECAPAModel, choose_device
+from ECAPAModel import choose_device
 from tools import BadInput
-
-
-def make_system(**options):
-    return ECAPAModel(
-        lr=0.001, lr_decay=0.97, C=16, n_class=20, m=0.2, s=30, test_step=1, device='cpu', **options
-    )
 
 
 @pytest.fixture
@@ -36,7 +31,7 @@ def test_a_step_reads_nothing_back():
 
     Reading a fake tensor raises; test_gpu.py knows of copies, too.
     """
-    system = make_system(precision='bf16', accumulate=2).train()
+    system = make_system(16, 20, precision='bf16', accumulate=2).train()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         audio = mode.from_tensor(torch.randn(4, 16240))
         labels = mode.from_tensor(torch.tensor([3, 1, 19, 7]))
@@ -63,7 +58,7 @@ def test_forward_and_evaluation_on_a_gpu_read_nothing_back(monkeypatch, precisio
     """Autocast casts otherwise on a GPU. (PyTorch's backward pass needs a real one.)"""
     monkeypatch.setattr('torch.cuda.amp.common.amp_definitely_not_available', lambda: False)
     monkeypatch.setattr('torch.cuda.is_bf16_supported', lambda: True)
-    system = make_system(precision=precision)
+    system = make_system(16, 20, precision=precision)
     seen = []
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         move_to_fake_gpu(system, mode)
@@ -90,11 +85,11 @@ def test_forward_and_evaluation_on_a_gpu_read_nothing_back(monkeypatch, precisio
 
 def test_compiled_training_is_one_graph_and_stays_it():
     """Neither an evaluation nor frozen epochs in between make it compile again."""
-    assert compilations(make_system(freeze_epochs=1)) == 1
+    assert compilations(make_system(16, 20, freeze_epochs=1)) == 1
 
 
 def test_compiled_training_of_several_processes_is_one_graph(four_processes):
-    assert compilations(make_system(freeze_epochs=1)) == 1
+    assert compilations(make_system(16, 20, freeze_epochs=1)) == 1
 
 
 def compilations(system):
@@ -129,7 +124,7 @@ def test_gradients_are_exchanged_once_a_step(four_processes, monkeypatch, accumu
         return sum_over_processes(tensor)
 
     monkeypatch.setattr(tools, 'sum_over_processes', watched)
-    system = make_system(accumulate=accumulate, freeze_epochs=1)
+    system = make_system(16, 20, accumulate=accumulate, freeze_epochs=1)
     batch = (torch.randn(8, 4240), torch.arange(8))
     encoder_and_classifier = sum(parameter.numel() for parameter in system.parameters())
     classifier = 20 * 192

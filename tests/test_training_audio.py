@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import command_line, wave, write_wav
+from cli import command_line
+from conftest import wave, write_wav
 
 import dataLoader
 import trainECAPAModel

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import command_line, make_system, wave, weights, write_wav
+from cli import command_line
+from conftest import make_system, wave, weights, write_wav
 
 import tools
 import trainECAPAModel

@@ -18,7 +18,8 @@ import plain
 import pytest
 import soundfile
 import torch
-from conftest import command_line, wave
+from cli import command_line
+from conftest import wave
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
