@@ -890,7 +890,7 @@ def read_file(path, role):
         return loaded, tools.sha256(content)
     except Exception as error:
         # torch.load raises a dozen types for damaged files. Lack of memory is not damage.
-        if tools.sentence(error):
+        if tools.message_for(error):
             raise
         raise Damaged(f'{path}: cannot be read as {role}: {what_it_is(content, error)}') from error
 

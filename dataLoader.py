@@ -41,13 +41,13 @@ from tools import (
     MORE_SHARED_MEMORY,
     BadInput,
     available_cpus,
+    message_for,
     note,
     process_count,
     process_rank,
     read_bytes,
     refuse_unknown,
     say,
-    sentence,
     sha256,
     summary,
     write_text,
@@ -625,13 +625,13 @@ def end_worker(queue, error, item):
 def share_result(function, item):
     """Returns function(item), tensors in shared memory: a worker then sends only their handles.
 
-    Raises BadInput if there is no room for them, or for whatever else `sentence` knows.
+    Raises BadInput if there is no room for them, or for whatever else `message_for` knows.
     """
     try:
         result = function(item)
     except OSError as error:
         # Its number and file would be lost on the way.
-        message = sentence(error)
+        message = message_for(error)
         if message is None:
             raise
         raise BadInput(message) from error

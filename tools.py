@@ -327,7 +327,7 @@ def sha256(content):
     return hashlib.sha256(content).hexdigest()
 
 
-# 3. Options that scripts share; processes; the log; errors for people.
+# 3. Options; processes; the log; errors for people.
 
 PATIENCE = 3 * 3600  # seconds in which the first process may go through all files of VoxCeleb2
 TIMEOUT = 600  # seconds after which a process that does not answer the others is taken for hung
@@ -369,88 +369,10 @@ def refuse_unknown(function, names):
             raise TypeError(f'{function.__name__} has no option {name}')
 
 
-def add_scoring_options(parser):
-    """Adds the options of everything that scores: checkpoint, lists, normalisation, machine."""
-    add = parser.add_argument_group('checkpoint and lists').add_argument
-    add('--initial_model', default='', help='checkpoint to score, or to start training from')
-    add(
-        '--eval_list',
-        nargs='+',
-        default=['data/VoxCeleb1/veri_test2.txt'],
-        help='trial lists, lines `label enrolment test` or the label last',
-    )
-    add(
-        '--eval_path',
-        nargs='+',
-        default=['data/VoxCeleb1/test/wav'],
-        help='folder of the paths in --eval_list: one, or one for each',
-    )
-    add('--enrol_list', default='', help='lines `model utterance...`: trials enrol these models')
-    add('--train_list', default='data/VoxCeleb2/train_list.txt', help='lines `speaker path`')
-    add('--train_path', default='data/VoxCeleb2/train/wav', help='folder of the paths in it')
-    add_speaker_option(add)
-
-    add = parser.add_argument_group('kinds of scores').add_argument
-    add(
-        '--score_norm',
-        choices=('none', 'asnorm'),
-        default='none',
-        help='asnorm: also scores normalised by a cohort of training speakers',
-    )
-    add('--top_n', type=number(int, 2), default=400, help='closest cohort speakers for a score')
-    add(
-        '--cohort_utterances',
-        type=number(int, 1),
-        default=20,
-        help='of each speaker in --train_list, for the cohort',
-    )
-    add('--subtract_mean', action='store_true', help="also scores less the cohort's mean")
-
-    add = parser.add_argument_group('machine').add_argument
-    add(
-        '--device',
-        default='auto',
-        help='auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, or mps, the GPU of a Mac',
-    )
-    add(
-        '--precision',
-        choices=('auto', 'bf16', 'fp32', 'exact'),
-        default='auto',
-        help='auto: bf16 if a GPU has it, else fp32; exact: no TF32',
-    )
-    add('--n_cpu', type=number(int, 0), default=default_n_cpu(), help='processes that read files')
-    add('--seed', type=number(int, 0, 2**64 - 1), default=10, help='seed of all random draws')
-
-
-def add_speaker_option(add):
-    """Adds --speaker, by the add_argument of a parser or of a group."""
-    add(
-        '--speaker',
-        type=speaker_pattern,
-        default='',
-        metavar='PATTERN',
-        help='regular expression whose first group is the speaker in a path, such as (id\\d+)-; '
-        'without it the first folder, after those that all paths of a list share',
-    )
-
-
-def speaker_pattern(text):
-    """argparse type: a regular expression with a group."""
-    try:
-        groups = re.compile(text).groups
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f'{text} is not a regular expression: {error}') from error
-    if text and not groups:
-        raise argparse.ArgumentTypeError(
-            f'{text} has no group; put the part that is the speaker in brackets, as in (id\\d+)-'
-        )
-    return text
-
-
 LARGEST = {int: 2**31 - 1, float: sys.float_info.max}
 
 
-def number(kind, low, high=None):
+def in_range(kind, low, high=None):
     """Returns an argparse type: a finite int or float (kind) in [low, high]."""
     if high is None:
         high = LARGEST[kind]
@@ -574,7 +496,7 @@ class BadInput(Exception):
 def exit_on_bad_input(resume_hint=None):
     """Turns expected errors into one message and an exit status; bugs keep their traceback.
 
-    The status is 2 for what `sentence` knows and for helpers that died, and 141 (silently) if
+    The status is 2 for what `message_for` knows and for helpers that died, and 141 (silently) if
     nobody reads the output any more. Of processes that train together, the first one to fail prints
     its message. resume_hint: see end_on_signals.
     """
@@ -589,7 +511,7 @@ def exit_on_bad_input(resume_hint=None):
         except BrokenPipeError:
             sys.exit(141)  # as for a program that SIGPIPE ends
         except Exception as error:
-            message = sentence(error) or why_helpers_died(resume_hint)
+            message = message_for(error) or why_helpers_died(resume_hint)
             message = message or why_not_together(error)
             if message is None:
                 raise
@@ -694,7 +616,7 @@ MEMORY = "out of memory|ALLOC_FAILED|can't allocate memory"
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
-def sentence(error):
+def message_for(error):
     """Returns what to tell people of an exception; None for a mistake in this code."""
     if isinstance(error, BadInput):
         # From a worker process the error comes wrapped in the worker's traceback.

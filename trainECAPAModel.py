@@ -32,10 +32,10 @@ from ECAPAModel import (
     save_training,
     saved_models,
 )
-from exps.scoring import evaluate, say_figures
+from exps.scoring import add_scoring_options, evaluate, say_figures
 from loss import LOSSES
 from model import ENCODERS
-from tools import BadInput, first_process_first, number, process_count, process_rank, say
+from tools import BadInput, first_process_first, in_range, process_count, process_rank, say
 
 
 def make_parser():
@@ -56,72 +56,72 @@ def make_parser():
     add('--eval', action='store_true', help='score --initial_model on --eval_list')
 
     add = parser.add_argument_group('training').add_argument
-    add('--max_epoch', type=number(int, 1), default=80, help='last epoch')
-    add('--batch_size', type=number(int, 2), default=400, help='utterances in a step')
-    add('--test_step', type=number(int, 1), default=1,
+    add('--max_epoch', type=in_range(int, 1), default=80, help='last epoch')
+    add('--batch_size', type=in_range(int, 2), default=400, help='utterances in a step')
+    add('--test_step', type=in_range(int, 1), default=1,
         help='save, test and lower the learning rate every N epochs')
     add('--optimizer', choices=('adam', 'sgd'), default='adam', help='sgd: Nesterov, momentum 0.9')
-    add('--weight_decay', type=number(float, 0), default=2e-5, help='L2 penalty on all weights')
-    add('--clip', type=number(float, 0), default=0.0,
+    add('--weight_decay', type=in_range(float, 0), default=2e-5, help='L2 penalty on all weights')
+    add('--clip', type=in_range(float, 0), default=0.0,
         help='clip gradients to this norm (0: do not clip)')
-    add('--accumulate', type=number(int, 1), default=1,
+    add('--accumulate', type=in_range(int, 1), default=1,
         help='split each batch into N parts, one after another, to save memory')
-    add('--freeze_epochs', type=number(int, 0), default=0,
+    add('--freeze_epochs', type=in_range(int, 0), default=0,
         help='train only the classifier in the first N epochs')
     add('--compile', action='store_true',
         help='compile the encoder for training: minutes at the start, then faster')
 
     add = parser.add_argument_group('learning rate').add_argument
-    add('--lr', type=number(float, 0), default=0.001,
+    add('--lr', type=in_range(float, 0), default=0.001,
         help='learning rate at the start, after the warm-up')
     add('--schedule', choices=('step', 'cosine'), default='step',
         help='cosine: falls from --lr to --min_lr at --max_epoch')
-    add('--lr_decay', type=number(float, 0), default=0.97,
+    add('--lr_decay', type=in_range(float, 0), default=0.97,
         help='step: multiply the learning rate by this every --test_step epochs')
-    add('--min_lr', type=number(float, 0), default=0.0, help='cosine: learning rate at the end')
-    add('--warmup', type=number(float, 0), default=0.0,
+    add('--min_lr', type=in_range(float, 0), default=0.0, help='cosine: learning rate at the end')
+    add('--warmup', type=in_range(float, 0), default=0.0,
         help='let the learning rate grow from 0 over the first N epochs')
 
     add = parser.add_argument_group('crops and augmentation').add_argument
-    add('--num_frames', type=number(int, 1), default=200,
+    add('--num_frames', type=in_range(int, 1), default=200,
         help='length of a crop, in frames of 10 ms')
     add('--musan_path', default='data/musan_split', help='MUSAN: noise/, speech/ and music/')
     add('--rir_path', default='data/RIRS_NOISES/simulated_rirs', help='room impulse responses')
-    add('--augment', type=number(float, 0, 1), default=5 / 6,
+    add('--augment', type=in_range(float, 0, 1), default=5 / 6,
         help='share of the crops that are augmented (default: %(default).3g)')
-    add('--codec', type=number(float, 0, 1), default=0.0,
+    add('--codec', type=in_range(float, 0, 1), default=0.0,
         help='share of the crops that go through a telephone or internet codec')
     add('--speed_perturb', action='store_true',
         help='play each crop at speed 0.9, 1 or 1.1; changed speeds count as new speakers')
     add('--no_specaug', action='store_true', help='no SpecAugment')
-    add('--max_bad', type=number(float, 0, 100), default=1.0,
+    add('--max_bad', type=in_range(float, 0, 100), default=1.0,
         help='percentage of the training files that may be unusable')
 
     add = parser.add_argument_group('model and loss').add_argument
     add('--encoder', choices=ENCODERS, default='ecapa', help='network in model.py')
     add('--loss', choices=LOSSES, default='aam', help='classifier and loss in loss.py')
-    add('--C', type=number(int, 1), help='channels; without it those of --initial_model, else 1024')
-    add('--m', '--margin', type=number(float, 0, math.pi), default=0.2,
+    add('--C', type=in_range(int, 1), help='channels (not given: of --initial_model, or 1024)')
+    add('--m', '--margin', type=in_range(float, 0, math.pi), default=0.2,
         help='margin of AAM-softmax, in radians')
-    add('--margin_from', type=number(float, 0, math.pi),
+    add('--margin_from', type=in_range(float, 0, math.pi),
         help='margin at the start; without it --m throughout')
-    add('--margin_epochs', type=number(float, 0), nargs=2, default=[0.0, 1.0],
+    add('--margin_epochs', type=in_range(float, 0), nargs=2, default=[0.0, 1.0],
         metavar=('FROM', 'TO'), help='the margin grows to --m between these numbers of epochs')
-    add('--s', '--scale', type=number(float, 0), default=30, help='scale of AAM-softmax')
-    add('--n_class', type=number(int, 1),
+    add('--s', '--scale', type=in_range(float, 0), default=30, help='scale of AAM-softmax')
+    add('--n_class', type=in_range(int, 1),
         help='number of speakers; without it those in --train_list')
     add('--keep_classifier', action='store_true',
         help='keep the classifier of --initial_model; stop if the speakers differ')
 
     add = parser.add_argument_group('results').add_argument
     add('--save_path', default='exps/exp1', help='folder of the results: score.txt and model/')
-    add('--keep', type=number(int, 0), default=0,
+    add('--keep', type=in_range(int, 0), default=0,
         help='how many of the newest checkpoints to keep (0: all)')
     add('--force', action='store_true',
         help='continue a run although options that change its numbers differ')
     # fmt: on
 
-    tools.add_scoring_options(parser)
+    add_scoring_options(parser)
     return parser
 
 

@@ -41,11 +41,11 @@ def main(argv=None):
     add('--kind', help='raw, asnorm, centred or centred asnorm (default: the last that is there)')
     add(
         '--false_acceptances',
-        type=tools.number(float, 1e-3, 99),
+        type=tools.in_range(float, 1e-3, 99),
         default=1.0,
         help='percent that the threshold allows (default: 1)',
     )
-    tools.add_speaker_option(add)
+    scoring.add_speaker_option(add)
     args = parser.parse_args(argv)
     args.command = tools.command_of('-m exps.calibrate', argv)
     with tools.exit_on_bad_input():
@@ -259,7 +259,7 @@ def cohort_options(kind, options):
     return {name: options[name] for name in names}
 
 
-def misfit(calibration, checkpoint, scores, args):
+def why_not_for(calibration, checkpoint, scores, args):
     """Says why a calibration is not for these scores; None if it is."""
     if calibration['checkpoint']['sha256'] != checkpoint['sha256']:
         return f'it was fitted on scores of {calibration["checkpoint"]["path"]}'

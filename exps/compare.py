@@ -33,12 +33,13 @@ from dataLoader import number_speakers, speakers_of
 from exps.calibrate import (
     CALIBRATED,
     calibration_figures,
-    misfit,
     note_overlap,
     read_calibration,
     trial_set,
+    why_not_for,
 )
 from exps.scoring import (
+    add_speaker_option,
     draw_speakers,
     format_count,
     format_figure,
@@ -51,7 +52,6 @@ from exps.scoring import (
 from tools import (
     FIGURES,
     BadInput,
-    add_speaker_option,
     exit_on_bad_input,
     operating_points,
     read_scores,
@@ -477,7 +477,7 @@ def calibrated(experiment, runs, path, speaker):
     if not calibration or calibration['kind'] not in run.scores:
         return {}
     options = argparse.Namespace(**run.entry.get('options', {}))
-    if misfit(calibration, run.entry['checkpoint'], run.scores, options):
+    if why_not_for(calibration, run.entry['checkpoint'], run.scores, options):
         return {}
     if calibration['list']['sha256'] == run.entry['sha256']:
         return {}

@@ -44,7 +44,7 @@ from tools import (
     BadInput,
     default_n_cpu,
     exit_on_bad_input,
-    number,
+    in_range,
     say,
     sha256,
     write_text,
@@ -75,8 +75,8 @@ def main(argv=None):
     )
     add('--musan_path', help='MUSAN, for noise, music and babble')
     add('--rir_path', help='room impulse responses, for room')
-    add('--snr', type=number(float, -20, 60), default=10.0, help='of noise, music and babble, dB')
-    add('--n_cpu', type=number(int, 0), default=default_n_cpu(), help='processes that write')
+    add('--snr', type=in_range(float, -20, 60), default=10.0, help='of noise, music and babble, dB')
+    add('--n_cpu', type=in_range(int, 0), default=default_n_cpu(), help='processes that write')
     args = parser.parse_args(argv)
     with exit_on_bad_input():
         write_conditions(args)

@@ -14,7 +14,8 @@ import numpy as np
 
 from dataLoader import find_audio, read_list
 from ECAPAModel import load_model_of
-from tools import BadInput, add_scoring_options, check_writable, exit_on_bad_input, write_whole
+from exps.scoring import add_scoring_options
+from tools import BadInput, check_writable, exit_on_bad_input, write_whole
 
 
 def main(argv=None):

@@ -20,14 +20,13 @@ from scipy.special import softmax
 from dataLoader import find_audio, model_fault, read_list, split_lines, subfolders
 from ECAPAModel import load_model_of
 from exps.embed import list_files
-from exps.scoring import choose_normalisation, load_cohort, score_kinds
+from exps.scoring import add_scoring_options, choose_normalisation, load_cohort, score_kinds
 from exps.verify import find_calibration
 from tools import (
     BadInput,
-    add_scoring_options,
     check_writable,
     exit_on_bad_input,
-    number,
+    in_range,
     sha256,
     write_text,
 )
@@ -47,7 +46,12 @@ def main(argv=None):
     add('files', help='folder of recordings, or a list with a path a line')
     add('--people', required=True, help='folder of NAME/*.wav, or lines `name recording...`')
     add('--out', help='CSV to write (default: printed)')
-    add('--p_enrolled', type=number(float, 1e-6, 1 - 1e-6), default=0.5, help='prior: is enrolled')
+    add(
+        '--p_enrolled',
+        type=in_range(float, 1e-6, 1 - 1e-6),
+        default=0.5,
+        help='prior of being enrolled',
+    )
     add('--save_path', help='folder of calibration.json; default: that of the run')
     add_scoring_options(parser)
     args = parser.parse_args(argv)

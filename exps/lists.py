@@ -16,12 +16,12 @@ import soundfile
 from tqdm import tqdm
 
 from dataLoader import RATE, SHORTEST, find_usable, parallel_map, read_audio, speakers_of
+from exps.scoring import add_speaker_option
 from tools import (
     BadInput,
-    add_speaker_option,
     default_n_cpu,
     exit_on_bad_input,
-    number,
+    in_range,
     sha256,
     write_text,
 )
@@ -42,13 +42,13 @@ def main(argv=None):
     add('--out', required=True, help='folder for train_list.txt, trials.txt and left_out.txt')
     add(
         '--test_speakers',
-        type=number(int, 0),
+        type=in_range(int, 0),
         help='speakers held out for the trials (default: a tenth)',
     )
     add('--exhaustive', action='store_true', help='all trials, not as many of each kind')
     add(
         '--seed',
-        type=number(int, 0, 2**64 - 1),
+        type=in_range(int, 0, 2**64 - 1),
         default=10,
         help='seed of the choice (default: 10)',
     )

@@ -4,11 +4,13 @@ In the order in which `trainECAPAModel.py --eval` goes through it: the command t
 here, and scripts take what they need.
 """
 
+import argparse
 import contextlib
 import itertools
 import json
 import math
 import os
+import re
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,10 +28,12 @@ from tools import (
     available_cpus,
     check_writable,
     compare_processes,
+    default_n_cpu,
     error_rates,
     find_figures,
     first_process_first,
     gather,
+    in_range,
     note,
     operating_points,
     process_rank,
@@ -76,6 +80,70 @@ def evaluate(args):
         say(args.initial_model)
         say_figures(results, trial_lists)
         write_results(results, trial_lists, checkpoint, args)
+
+
+# Options.
+
+
+def add_scoring_options(parser):
+    """Adds the options of all that scores: checkpoint, lists, kinds of scores, machine."""
+    # fmt: off
+    add = parser.add_argument_group('checkpoint and lists').add_argument
+    add('--initial_model', default='', help='checkpoint to score, or to start training from')
+    add('--eval_list', nargs='+', default=['data/VoxCeleb1/veri_test2.txt'],
+        help='trial lists: lines `label enrolment test`, or with the label last')
+    add('--eval_path', nargs='+', default=['data/VoxCeleb1/test/wav'],
+        help='folder of the files in --eval_list: one for all lists, or one for each')
+    add('--enrol_list', default='',
+        help='lines `model utterance...`: the trials enrol these models')
+    add('--train_list', default='data/VoxCeleb2/train_list.txt', help='lines `speaker path`')
+    add('--train_path', default='data/VoxCeleb2/train/wav', help='folder of the files in it')
+    add_speaker_option(add)
+
+    add = parser.add_argument_group('kinds of scores').add_argument
+    add('--score_norm', choices=('none', 'asnorm'), default='none',
+        help='asnorm: also compute scores that are normalised by a cohort of training speakers')
+    add('--top_n', type=in_range(int, 2), default=400,
+        help='how many of the closest cohort speakers normalise a score')
+    add('--cohort_utterances', type=in_range(int, 1), default=20,
+        help='utterances of each speaker in --train_list that make the cohort')
+    add('--subtract_mean', action='store_true',
+        help="also compute scores after subtracting the cohort's mean")
+
+    add = parser.add_argument_group('machine').add_argument
+    add('--device', default='auto',
+        help='auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, or mps, the GPU of a Mac')
+    add('--precision', choices=('auto', 'bf16', 'fp32', 'exact'), default='auto',
+        help='auto: bf16 if the GPU has it, else fp32; exact: no TF32')
+    add('--n_cpu', type=in_range(int, 0), default=default_n_cpu(),
+        help='processes that read files')
+    add('--seed', type=in_range(int, 0, 2**64 - 1), default=10, help='seed of all random draws')
+    # fmt: on
+
+
+def add_speaker_option(add):
+    """Adds --speaker, by the add_argument of a parser or of a group."""
+    add(
+        '--speaker',
+        type=speaker_pattern,
+        default='',
+        metavar='PATTERN',
+        help='regular expression whose first group is the speaker in a path, such as (id\\d+)-; '
+        'without it, the speaker is the first folder after those that all paths of a list share',
+    )
+
+
+def speaker_pattern(text):
+    """Checks the value of --speaker: a regular expression with a group; an argparse type."""
+    try:
+        groups = re.compile(text).groups
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f'{text} is not a regular expression: {error}') from error
+    if text and not groups:
+        raise argparse.ArgumentTypeError(
+            f'{text} has no group; put the part that is the speaker in brackets, as in (id\\d+)-'
+        )
+    return text
 
 
 # Cohorts: speakers of the training list, which scores are normalised by.

@@ -16,9 +16,15 @@ import numpy as np
 from scipy.special import expit, logit
 
 from ECAPAModel import load_model_of
-from exps.calibrate import misfit, read_calibration
-from exps.scoring import choose_normalisation, load_cohort, read_results, score_kinds
-from tools import BadInput, add_scoring_options, exit_on_bad_input, number
+from exps.calibrate import read_calibration, why_not_for
+from exps.scoring import (
+    add_scoring_options,
+    choose_normalisation,
+    load_cohort,
+    read_results,
+    score_kinds,
+)
+from tools import BadInput, exit_on_bad_input, in_range
 
 DECISIONS = {True: 'the same speaker', False: 'different speakers'}
 
@@ -32,9 +38,9 @@ def main(argv=None):
     )
     add = parser.add_argument
     add('recordings', nargs=2, metavar='WAV', help='two recordings')
-    add('--p_target', type=number(float, 1e-6, 1 - 1e-6), default=0.5, help='prior: same speaker')
-    add('--c_miss', type=number(float, 1e-6), default=1.0, help='cost of rejecting the same one')
-    add('--c_fa', type=number(float, 1e-6), default=1.0, help='cost of accepting another one')
+    add('--p_target', type=in_range(float, 1e-6, 1 - 1e-6), default=0.5, help='prior: same speaker')
+    add('--c_miss', type=in_range(float, 1e-6), default=1.0, help='cost of rejecting the same one')
+    add('--c_fa', type=in_range(float, 1e-6), default=1.0, help='cost of accepting another one')
     add('--save_path', help='folder of results.json and calibration.json; default: the run of it')
     add_scoring_options(parser)
     args = parser.parse_args(argv)
@@ -73,7 +79,7 @@ def find_calibration(args, checkpoint, scores):
     calibration = read_calibration(folder)
     if not calibration:
         return folder, None, f'there is no calibration.json in {folder}; exps.calibrate writes it'
-    fault = misfit(calibration, checkpoint, scores, args)
+    fault = why_not_for(calibration, checkpoint, scores, args)
     if fault:
         return folder, None, f'{folder}/calibration.json does not count: {fault}'
     return folder, calibration, ''

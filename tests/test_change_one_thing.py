@@ -89,7 +89,7 @@ def drop_part(audio, rng):
     (
         'trainECAPAModel.py',
         "    add('--speed_perturb'",
-        "    add('--drop', type=number(float, 0, 1), default=0.0, help='share with a gap')\n",
+        "    add('--drop', type=in_range(float, 0, 1), default=0.0, help='share with a gap')\n",
     ),
     (
         'ECAPAModel.py',

@@ -31,7 +31,7 @@ from dataLoader import (
     why_no_processes,
 )
 from ECAPAModel import saved_models
-from tools import BadInput, number
+from tools import BadInput, in_range
 
 ROOT = Path(__file__).parents[1]
 SMALL = {'C': 8, 'num_frames': 20, 'batch_size': 4, 'max_epoch': 2, 'device': 'cpu'}
@@ -41,7 +41,7 @@ SMALL = {'C': 8, 'num_frames': 20, 'batch_size': 4, 'max_epoch': 2, 'device': 'c
 def test_options_have_finite_bounds(kind, text):
     """Also where no upper bound is given: 20 nines overflowed the clock."""
     with pytest.raises((argparse.ArgumentTypeError, ValueError)):
-        number(kind, 0)(text)
+        in_range(kind, 0)(text)
 
 
 def test_torchrun_hands_on_each_option_or_its_longer_name():

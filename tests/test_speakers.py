@@ -4,8 +4,8 @@ import argparse
 
 import pytest
 
-import tools
 from dataLoader import speakers_of
+from exps.scoring import add_speaker_option
 from tools import BadInput
 
 IDS = ['id1', 'id1', 'id2', 'id3']
@@ -57,7 +57,7 @@ def test_a_path_without_a_speaker_is_named(pattern):
 @pytest.mark.parametrize('pattern', ['id[', 'id', '(?:id)-'])
 def test_a_pattern_without_a_group_is_refused(pattern, capsys):
     parser = argparse.ArgumentParser()
-    tools.add_speaker_option(parser.add_argument)
+    add_speaker_option(parser.add_argument)
     with pytest.raises(SystemExit) as stop:
         parser.parse_args(['--speaker', pattern])
     assert stop.value.code == 2
