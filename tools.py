@@ -627,8 +627,6 @@ def message_for(error):
         return f'{error.filename}: {error.strerror}'
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return f'{error.strerror} (standard output, a file or a pipe of this process)'
-    if isinstance(error, ValueError) and 'embedded null byte' in str(error):
-        return 'a path has a byte 0 in it, which no file name has'
     if isinstance(error, MemoryError):
         return f'{summary(error)}\nUse a smaller --batch_size, or shorter crops.'
     if isinstance(error, RuntimeError) and re.search(MEMORY, str(error)):

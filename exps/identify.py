@@ -27,6 +27,7 @@ from tools import (
     check_writable,
     exit_on_bad_input,
     in_range,
+    read_bytes,
     sha256,
     write_text,
 )
@@ -163,8 +164,9 @@ def refuse_shared(people):
     owners = {}
     for name, recordings in people.items():
         for recording in recordings:
-            with open(recording, 'rb') as file:
-                content = sha256(file.read())
+            if not os.path.isfile(recording):
+                continue  # the reader of audio says what it is, and does not wait for a pipe
+            content = sha256(read_bytes(recording))
             owner, other = owners.setdefault(content, (name, recording))
             if owner != name:
                 both = f'{recording}, {other}'

@@ -223,7 +223,7 @@ def cohort_key(system, checkpoint, files):
             status = os.stat(path)
             # Its own time too: a copy may keep the time of the original.
             versions.append((path, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
-        except OSError:
+        except (OSError, ValueError):
             # Reading it says what is wrong.
             versions.append((path, None))
     counts = [len(paths) for paths in files]

@@ -374,9 +374,7 @@ def test_people_that_cannot_be_enrolled_are_refused(corpus, model, capsys):
     (corpus / 'list.txt').write_text(f'anna {corpus}/people/p0/0.wav\nberta\n')
     assert 'list.txt, line 2' in refusal(corpus / 'list.txt')
     (corpus / 'list.txt').write_text('anna nowhere.wav\n')
-    assert 'nowhere.wav: No such file' in refusal(corpus / 'list.txt')
-    (corpus / 'list.txt').write_text('anna no\0where.wav\n')
-    assert 'byte 0' in refusal(corpus / 'list.txt')
+    assert 'nowhere.wav' in refusal(corpus / 'list.txt')
     shared.unlink()
     stray = corpus / 'people/bob.wav'
     stray.write_bytes((corpus / 'people/p0/0.wav').read_bytes())

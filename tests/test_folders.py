@@ -319,3 +319,11 @@ def test_a_person_without_a_usable_recording_is_an_error(recordings):
         path.rename(path.with_suffix('.txt'))
     with pytest.raises(BadInput, match='--people .*sp3'):
         identify.read_people(str(recordings))
+
+
+def test_people_with_a_pipe_or_a_link_to_nothing_are_read(recordings):
+    """The reader of audio names these files; a pipe must not be waited for."""
+    os.mkfifo(recordings / 'sp1/pipe.wav')
+    (recordings / 'sp2/gone.wav').symlink_to('nothing.wav')
+    people = identify.read_people(str(recordings))
+    assert [len(paths) for paths in people.values()] == [3, 4, 4, 3, 3]
