@@ -302,67 +302,88 @@ class ECAPAModel(nn.Module):
             results.append({'raw': Scored(scores, figures)})
         return results
 
-    def embed(self, paths):
-        """Unit embeddings of whole files, float32 (N, D), of any rate and number of channels.
+    def embed(self, paths, channel=None):
+        """Returns unit embeddings of whole files, float32 (N, D), of any rate and channels.
 
-        What had to be converted is said on standard error.
+        channel: as in embed_files. What had to be converted is said on standard error.
         """
-        return self.embed_files(paths, any_format=True)[:, 0]
+        return self.embed_files(paths, any_format=True, channel=channel)[:, 0]
 
     @torch.inference_mode()
-    def embed_files(self, paths, any_format=False):
-        """Each file as two vectors, float32 (N, 2, D).
+    def embed_files(self, paths, any_format=False, channel=None, faults=None):
+        """Embeds each file as two vectors; returns float32 (N, 2, D).
 
         The first is the unit embedding of the whole utterance; the second the mean of the unit
         embeddings of its five crops, so that the dot product of two means is the mean over 25 pairs
         of crops. A recording of more than five minutes counts as the mean of its equal parts.
 
-        Where processes train together each reads its part of the files, and all return the same.
+        any_format: read files of any rate and number of channels, of which `channel` (from 1) may
+        choose one. Where processes train together each reads its part of the files, and all return
+        the same.
+
         Raises BadInput that names every file that cannot be used, or whose embedding is zero or not
-        finite.
+        finite. If a dictionary is given as `faults`, it gets {index: what is wrong} of such files
+        instead, and their rows mean nothing.
         """
         self.eval()
-        mine = range(process_rank(), len(paths), process_count())
-        read = functools.partial(audio_or_fault, read_any if any_format else read_audio)
-        n_cpu = min(self.n_cpu, len(mine))
-        utterances = parallel_map(read, [paths[i] for i in mine], n_cpu, pin_memory=self.on_gpu)
-        hide = True if process_rank() > 0 else None
-        utterances = tqdm(
-            utterances, 'evaluating', len(mine), unit='file', disable=hide, leave=False
-        )
-
+        read = functools.partial(read_any, channel=channel) if any_format else read_audio
         embeddings = torch.zeros(len(paths), 2, self.embedding_size, device=self.device)
-        window = []
+        found = {}
+        pending = []
         frames = 0
-        faults = []
-        long = []
-        for index, (audio, fault) in zip(mine, utterances):
-            if fault:
-                faults.append(fault)
-            if faults:
-                # What follows is read for its faults alone.
-                continue
-            if len(audio) > LONGEST:
-                long.append(paths[index])
-            # A copy on a CPU too: a worker's tensor holds shared memory and an open file.
-            window.append((index, self.copy_to_device(audio, copy=True)))
+        for index, audio in self.read_own_part(paths, read, found, faults is None):
+            pending.append((index, audio))
             frames += 1 + len(audio) // HOP
             if frames > WINDOW_FRAMES:
-                self.embed_window(window, embeddings)
-                window = []
+                self.embed_window(pending, embeddings)
+                pending = []
                 frames = 0
-        self.embed_window(window, embeddings)
+        self.embed_window(pending, embeddings)
 
+        # Each process has its own rows, and zeros for the others.
         embeddings = tools.sum_over_processes(embeddings).cpu()
-        refuse(tools.gather(faults) or unusable(embeddings, paths), len(paths))
-        long = tools.gather(long)
-        if long:
-            say(
-                'note          longer than five minutes, so embedded in parts: '
-                f'{len(long)} files, {long[0]} for one'
-            )
+        found = dict(tools.gather(list(found.items())))
+        if faults is not None or not found:
+            # The rows of files that could not be read are zero, too.
+            found = {**unusable(embeddings, paths), **found}
+        if faults is None:
+            refuse([found[index] for index in sorted(found)], len(paths))
+        else:
+            faults.update(sorted(found.items()))
         embeddings[:, 0] = F.normalize(embeddings[:, 0])
         return embeddings.numpy()
+
+    def read_own_part(self, paths, read, found, stop_at_fault):
+        """Yields (index, audio (samples,) on the device) of the files that this process embeds.
+
+        Adds {index: what is wrong} of the others to `found`. stop_at_fault: after the first fault,
+        files are only checked.
+        """
+        own = range(process_rank(), len(paths), process_count())
+        utterances = parallel_map(
+            functools.partial(audio_or_fault, read),
+            [paths[index] for index in own],
+            min(self.n_cpu, len(own)),
+            pin_memory=self.on_gpu,
+        )
+        hide = True if process_rank() > 0 else None
+        shown = tqdm(utterances, 'evaluating', len(own), unit='file', disable=hide, leave=False)
+        split_paths = []
+        for index, (audio, fault) in zip(own, shown):
+            if fault:
+                found[index] = fault
+            elif not (found and stop_at_fault):
+                if len(audio) > LONGEST:
+                    split_paths.append(paths[index])
+                # A copy on a CPU too: a worker's tensor holds shared memory and an open file.
+                yield index, self.copy_to_device(audio, copy=True)
+
+        split_paths = tools.gather(split_paths)
+        if split_paths:
+            say(
+                'note          longer than five minutes, so embedded in parts: '
+                f'{len(split_paths)} files, for example {split_paths[0]}'
+            )
 
     def embed_window(self, window, embeddings):
         """Fills in embeddings (N, 2, D), zeros so far, from a list of (index, audio (samples,)).
@@ -535,12 +556,14 @@ class Diverged(BadInput):
 
 
 def unusable(embeddings, paths):
-    """Sentences on the files whose embeddings (N, 2, D) are zero or not finite."""
+    """Returns {index: sentence} of files whose embeddings (N, 2, D) are zero or not finite."""
     # Numbers too large for float32 end as NaN, or as zeros where the norm alone is too large. The
     # comparison is false for NaN.
     usable = (embeddings.norm(dim=2) > 0).all(dim=1)
     rows = torch.nonzero(~usable).flatten().tolist()
-    return [f'{paths[i]}: its embedding is zero or not finite; is the model sound?' for i in rows]
+    return {
+        i: f'{paths[i]}: its embedding is zero or not finite; is the model sound?' for i in rows
+    }
 
 
 def refuse(faults, count):

@@ -1022,10 +1022,17 @@ def read_any(path, shortest=1, channel=None):
     with open_audio(path) as file:
         ratio = resampling_ratio(file.samplerate)
         mono = (one_channel(block, channel) for block in file.blocks(2**16))
-        audio = np.concatenate([np.zeros(0, np.float32), *resample_blocks(mono, ratio)])
+        # An array grows in place; a list of blocks would need the memory twice.
+        samples = array('f')
+        for block in resample_blocks(mono, ratio):
+            samples.frombytes(block.tobytes())
+        audio = np.frombuffer(samples, np.float32)
         missing = file.missing()
         rate = file.samplerate
-    refuse_file(path, sound_fault(audio, shortest))
+    fault = sound_fault(audio, shortest)
+    if fault and missing:
+        fault = f'{missing}, and {fault}'
+    refuse_file(path, fault)
 
     if missing:
         notes.append(f'{missing}; the {len(audio) / RATE:.2f} s that are there count')

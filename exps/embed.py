@@ -13,9 +13,9 @@ import os
 import numpy as np
 
 from dataLoader import find_audio, read_list
-from ECAPAModel import load_model_of
+from ECAPAModel import load_model_of, refuse
 from exps.scoring import add_scoring_options
-from tools import BadInput, check_writable, exit_on_bad_input, write_whole
+from tools import BadInput, check_writable, exit_on_bad_input, in_range, write_whole
 
 
 def main(argv=None):
@@ -27,6 +27,7 @@ def main(argv=None):
     )
     parser.add_argument('files', help='folder of recordings, or a list with a path a line')
     parser.add_argument('--out', required=True, help='file to write, .npz')
+    add_channel_option(parser)
     add_scoring_options(parser)
     args = parser.parse_args(argv)
     with exit_on_bad_input():
@@ -34,18 +35,39 @@ def main(argv=None):
 
 
 def embed(args):
-    """Writes args.out; raises BadInput where it is there already, or a file cannot be used."""
+    """Writes args.out with the files that can be used.
+
+    Raises BadInput if it is there already, and afterwards if files cannot be used.
+    """
     if os.path.exists(args.out):
         raise BadInput(f'--out {args.out} is there already; remove it or choose another name')
     folder = os.path.dirname(args.out) or '.'
     check_writable(folder, '--out')
     paths = list_files(args.files)
     system, _ = load_model_of(args)
-    embeddings = system.embed(paths)
-    names = np.array(paths)
+    faults = {}
+    embeddings = system.embed_files(paths, any_format=True, channel=args.channel, faults=faults)
+    usable = [row for row in range(len(paths)) if row not in faults]
+    if not usable:
+        refuse(list(faults.values()), len(paths))
+
+    names = np.array([paths[row] for row in usable])
+    vectors = embeddings[usable, 0]
     os.makedirs(folder, exist_ok=True)
-    write_whole(args.out, lambda file: np.savez(file, names=names, embeddings=embeddings))
-    print(f'{args.out}: {len(paths):,} embeddings of {embeddings.shape[1]} numbers')
+    write_whole(args.out, lambda file: np.savez(file, names=names, embeddings=vectors))
+    print(f'{args.out}: {len(names):,} embeddings of {vectors.shape[1]} numbers')
+    # What works is written; the status says that it is not all.
+    refuse(list(faults.values()), len(paths))
+
+
+def add_channel_option(parser):
+    """Adds --channel to a parser."""
+    parser.add_argument(
+        '--channel',
+        type=in_range(int, 1),
+        help='channel of recordings with several, from 1 (default: their mean, or the strongest '
+        'if they cancel each other)',
+    )
 
 
 def list_files(files):

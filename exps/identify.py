@@ -18,8 +18,8 @@ import numpy as np
 from scipy.special import softmax
 
 from dataLoader import find_audio, model_fault, read_list, split_lines, subfolders
-from ECAPAModel import load_model_of
-from exps.embed import list_files
+from ECAPAModel import load_model_of, refuse
+from exps.embed import add_channel_option, list_files
 from exps.scoring import add_scoring_options, choose_normalisation, load_cohort, score_kinds
 from exps.verify import find_calibration
 from tools import (
@@ -54,6 +54,7 @@ def main(argv=None):
         help='prior of being enrolled',
     )
     add('--save_path', help='folder of calibration.json; default: that of the run')
+    add_channel_option(parser)
     add_scoring_options(parser)
     args = parser.parse_args(argv)
     with exit_on_bad_input():
@@ -61,47 +62,87 @@ def main(argv=None):
 
 
 def identify(args):
-    """Prints or writes a line for each recording: file, name, probability, second, score."""
-    if args.out and os.path.exists(args.out):
-        raise BadInput(f'--out {args.out} is there already; remove it or choose another name')
-    if args.out and not os.path.isdir(os.path.dirname(args.out) or '.'):
-        raise BadInput(f'--out {args.out}: there is no such folder')
-    if args.out:
-        check_writable(os.path.dirname(args.out) or '.', '--out')
+    """Prints or writes a line for each recording: file, name, probability, second, score.
+
+    Raises BadInput afterwards if recordings cannot be used.
+    """
+    check_out(args.out)
     people = read_people(args.people)
     files = list_files(args.files)
     system, checkpoint = load_model_of(args)
     normalisation = choose_normalisation(args)
     cohort = load_cohort(system, checkpoint, normalisation[0])
-    scores = score_people(system, people, files, cohort, *normalisation[1:])
+    models, tests, usable, faults = embed_people(system, people, files, args.channel)
+    scores = score_people(models, tests, cohort, *normalisation[1:])
     _, calibration, fault = find_calibration(args, checkpoint, scores)
     if fault:
         print(f'note: raw scores alone, which decide nothing: {fault}', file=sys.stderr)
-    kind = calibration['kind'] if calibration else 'raw'
 
+    kind = calibration['kind'] if calibration else 'raw'
+    write_csv(args, usable, list(people), scores[kind], calibration)
+    # What works is written; the status says that it is not all.
+    refuse(faults, len(files) + sum(map(len, people.values())))
+
+
+def check_out(out):
+    """Raises BadInput if --out is there already or cannot be written."""
+    if not out:
+        return
+    folder = os.path.dirname(out) or '.'
+    if os.path.exists(out):
+        raise BadInput(f'--out {out} is there already; remove it or choose another name')
+    if not os.path.isdir(folder):
+        raise BadInput(f'--out {out}: there is no such folder')
+    check_writable(folder, '--out')
+
+
+def write_csv(args, files, names, scores, calibration):
+    """Prints or writes the rows of files with scores (files, names)."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator='\n')
     rows.writerow(['file', 'name', 'probability', 'second', 'score'])
-    for file, row in zip(files, scores[kind]):
-        rows.writerow([file, *decide(list(people), row, calibration, args.p_enrolled)])
-    if not args.out:
-        print(text.getvalue(), end='')
-        return
-    write_text(args.out, text.getvalue())
-    print(f'{args.out}: {len(files):,} recordings, {len(people):,} people')
+    for file, row in zip(files, scores):
+        rows.writerow([file, *decide(names, row, calibration, args.p_enrolled)])
+    if args.out:
+        write_text(args.out, text.getvalue())
+        print(f'{args.out}: {len(files):,} recordings, {len(names):,} people')
+    else:
+        print(text.getvalue(), end='', flush=True)
 
 
-def score_people(system, people, files, cohort, top_n, subtract_mean):
-    """Scores recordings against people, each the mean of its recordings' embeddings.
+def embed_people(system, people, files, channel):
+    """Embeds people, each as the mean of the recordings that can be used, and files.
 
-    Returns {kind: scores (files, people)}.
+    Returns (models (people, 2, D), tests (usable files, 2, D), usable files, sentences on the
+    others and on recordings of people). Raises BadInput if a person has no recording that can be
+    used, or if no file can be used.
     """
-    recordings = [recording for each in people.values() for recording in each]
-    ends = np.cumsum([len(each) for each in people.values()])
-    embeddings = system.embed_files([*recordings, *files], any_format=True)
-    *parts, tests = np.split(embeddings, ends)
-    models = np.stack([part.mean(axis=0) for part in parts])
+    recordings = [recording for own in people.values() for recording in own]
+    faults = {}
+    embeddings = system.embed_files(
+        [*recordings, *files], any_format=True, channel=channel, faults=faults
+    )
+    models = []
+    start = 0
+    for name, own in people.items():
+        rows = [row for row in range(start, start + len(own)) if row not in faults]
+        if not rows:
+            lines = [faults[row] for row in range(start, start + len(own))]
+            raise BadInput(
+                '\n'.join([f'--people: {name} has no recording that can be used:', *lines])
+            )
+        models.append(embeddings[rows].mean(axis=0))
+        start += len(own)
 
+    rows = [row for row in range(start, start + len(files)) if row not in faults]
+    if not rows:
+        refuse(list(faults.values()), start + len(files))
+    usable = [files[row - start] for row in rows]
+    return np.stack(models), embeddings[rows], usable, list(faults.values())
+
+
+def score_people(models, tests, cohort, top_n, subtract_mean):
+    """Scores recordings, (N, 2, D), against people; returns {kind: scores (N, people)}."""
     # In blocks, as all pairs of many recordings with many people would fill the memory.
     blocks = []
     for block in np.array_split(tests, 1 + len(tests) * len(models) // PAIRS):
@@ -111,7 +152,7 @@ def score_people(system, people, files, cohort, top_n, subtract_mean):
         vectors = np.concatenate([models, block])
         blocks.append(score_kinds(vectors, pairs.reshape(-1, 2), cohort, top_n, subtract_mean))
     return {
-        kind: np.concatenate([scores[kind] for scores in blocks]).reshape(len(files), -1)
+        kind: np.concatenate([scores[kind] for scores in blocks]).reshape(len(tests), -1)
         for kind in blocks[0]
     }
 

@@ -12,10 +12,17 @@ import re
 from typing import NamedTuple
 
 import numpy as np
-import soundfile
 from tqdm import tqdm
 
-from dataLoader import RATE, SHORTEST, find_usable, parallel_map, read_audio, speakers_of
+from dataLoader import (
+    RATE,
+    SHORTEST,
+    find_usable,
+    open_audio,
+    parallel_map,
+    read_audio,
+    speakers_of,
+)
 from exps.scoring import add_speaker_option
 from tools import (
     BadInput,
@@ -152,9 +159,9 @@ def inspect_file(path):
 def rate_of(path):
     """The sample rate in the header of a file, 0 if it cannot be read."""
     try:
-        with soundfile.SoundFile(os.fsencode(path)) as file:
+        with open_audio(path) as file:
             return file.samplerate
-    except soundfile.SoundFileError:
+    except BadInput:
         return 0
 
 

@@ -20,7 +20,7 @@ from scipy.special import ndtr, stdtrit
 from tqdm import tqdm
 
 from dataLoader import check_audio, read_train_list, read_trial_lists, require
-from ECAPAModel import Scored, load_model_of
+from ECAPAModel import Scored, load_model_of, refuse
 from tools import (
     FIGURES,
     PRIORS,
@@ -49,6 +49,7 @@ from tools import (
 )
 
 REPLICATES = 1000  # of the speakers of a list, for an interval
+MAX_BAD = 10  # percent of a cohort's files; with more, its folder is not the right one
 
 
 def evaluate(args):
@@ -202,14 +203,31 @@ def load_cohort(system, checkpoint, files):
 
 
 def embed_speakers(system, files):
-    """One embedding for each speaker: the mean of embed_files over the speaker's files.
+    """Embeds speakers, each as the mean of embed_files over the speaker's files.
 
-    files: a list of paths for each speaker. Returns (speakers, 2, D); a score against a mean
-    is the mean of the scores.
+    files: a list of paths for each speaker. Files that cannot be used are left out, with a note,
+    and so are speakers without any other. Returns (speakers, 2, D); a score against a mean is the
+    mean of the scores. Raises BadInput if more than MAX_BAD percent of the files are bad.
     """
-    embeddings = system.embed_files([path for paths in files for path in paths])
-    ends = np.cumsum([len(paths) for paths in files])
-    return np.stack([part.mean(axis=0) for part in np.split(embeddings, ends[:-1])])
+    paths = [path for own in files for path in own]
+    faults = {}
+    embeddings = system.embed_files(paths, faults=faults)
+    if len(faults) > len(paths) * MAX_BAD / 100:
+        refuse(list(faults.values()), len(paths))
+
+    means = []
+    start = 0
+    for own in files:
+        rows = [row for row in range(start, start + len(own)) if row not in faults]
+        start += len(own)
+        if rows:
+            means.append(embeddings[rows].mean(axis=0))
+    if faults:
+        note(
+            f'{len(faults)} of {len(paths)} files of the cohort cannot be used and are left out; '
+            f'{len(means)} of {len(files)} speakers remain. The first: {min(faults.values())}'
+        )
+    return np.stack(means)
 
 
 def cohort_key(system, checkpoint, files):

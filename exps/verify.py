@@ -17,6 +17,7 @@ from scipy.special import expit, logit
 
 from ECAPAModel import load_model_of
 from exps.calibrate import read_calibration, why_not_for
+from exps.embed import add_channel_option
 from exps.scoring import (
     add_scoring_options,
     choose_normalisation,
@@ -42,6 +43,7 @@ def main(argv=None):
     add('--c_miss', type=in_range(float, 1e-6), default=1.0, help='cost of rejecting the same one')
     add('--c_fa', type=in_range(float, 1e-6), default=1.0, help='cost of accepting another one')
     add('--save_path', help='folder of results.json and calibration.json; default: the run of it')
+    add_channel_option(parser)
     add_scoring_options(parser)
     args = parser.parse_args(argv)
     with exit_on_bad_input():
@@ -52,7 +54,7 @@ def verify(args):
     """Prints the scores of two recordings, and the decision by a calibration or a threshold."""
     system, checkpoint = load_model_of(args)
     cohort_files, top_n, subtract_mean = choose_normalisation(args)
-    embeddings = system.embed_files(args.recordings, any_format=True)
+    embeddings = system.embed_files(args.recordings, any_format=True, channel=args.channel)
     cohort = load_cohort(system, checkpoint, cohort_files)
     scores = score_kinds(embeddings, np.array([[0, 1]]), cohort, top_n, subtract_mean)
     for kind, (score,) in scores.items():
