@@ -223,16 +223,6 @@ def test_fine_tuning_on_other_speakers(voices, trained, tmp_path, capsys):
             assert torch.equal(before[name], after[name])
 
 
-def test_a_recipe_is_read_where_it_stands(tmp_path):
-    recipe = tmp_path / 'recipe.txt'
-    recipe.write_text("# a recipe\n--C 64 --lr 0.01\n\n--save_path 'exps/with space'\n")
-    parser = trainECAPAModel.make_parser()
-    args = parser.parse_args(['--lr', '0.1', f'@{recipe}', '--C', '128'])
-    assert args.C == 128
-    assert args.lr == 0.01
-    assert args.save_path == 'exps/with space'
-
-
 def test_memory_is_pinned_for_a_gpu_alone(voices, tmp_path, monkeypatch):
     """Pinning opens a context on a GPU, which a run on the CPU does not need."""
     pinned = []
@@ -246,28 +236,6 @@ def test_memory_is_pinned_for_a_gpu_alone(voices, tmp_path, monkeypatch):
     monkeypatch.setattr('torch.cuda.is_available', lambda: True)
     run(voices, '--check', save_path=tmp_path / 'exp')
     assert pinned == [False]
-
-
-def test_defaults_of_the_published_command():
-    args = trainECAPAModel.make_parser().parse_args([])
-    expected = {
-        'num_frames': 200,
-        'max_epoch': 80,
-        'batch_size': 400,
-        'test_step': 1,
-        'lr': 0.001,
-        'lr_decay': 0.97,
-        'm': 0.2,
-        's': 30,
-        'save_path': 'exps/exp1',
-        'initial_model': '',
-        'eval': False,
-        'seed': 10,
-        'device': 'auto',
-        'eval_list': ['data/VoxCeleb1/veri_test2.txt'],
-        'rir_path': 'data/RIRS_NOISES/simulated_rirs',
-    }
-    assert {name: getattr(args, name) for name in expected} == expected
 
 
 def test_published_curve_is_in_the_format_of_score_txt(golden):

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -460,39 +459,9 @@ def test_equal_scores_cannot_be_calibrated():
         calibrate.check_fit('a.txt', 'raw', np.repeat([0, 1], 50), np.ones(100))
 
 
-@pytest.mark.parametrize('option', ['--c_miss', '--c_fa'])
-@pytest.mark.parametrize('value', ['inf', 'nan', '1e999', '-1'])
-def test_costs_are_finite(capsys, option, value):
-    message = refusal(capsys, verify.main, ['a.wav', 'b.wav', option, value])
-    assert option in message
-
-
 def test_a_folder_without_scores_is_refused(tmp_path, capsys):
     message = refusal(capsys, calibrate.main, [str(tmp_path), '--fit', 'dev'])
     assert '--fit dev' in message and '--eval writes it' in message
 
 
 # What a run was.
-
-
-@short
-def test_a_run_says_what_it_was(tree, capsys):
-    git = ['git', 'rev-parse', 'HEAD']
-    described = subprocess.run(git, cwd=ROOT, capture_output=True, text=True)
-    commit = described.stdout.strip() or 'unknown'
-    run(**tree, C=8, num_frames=20, batch_size=4, max_epoch=1)
-    log = capsys.readouterr().out.splitlines()[:3]
-    assert re.fullmatch(r'command +python trainECAPAModel.py .*--batch_size 4.*', log[0])
-    assert re.fullmatch(rf'commit +{commit}(-dirty)?', log[1])
-    assert re.fullmatch(r'versions +python 3\S+, torch 2\S+, torchaudio .*', log[2])
-    options = Path(tree['save_path'], 'options.txt').read_text()
-    assert '# command python trainECAPAModel.py' in options
-    assert f'# commit {commit}' in options
-    model = f'{tree["save_path"]}/model/model_0001.model'
-    names = ('eval_list', 'eval_path', 'save_path')
-    run('--eval', initial_model=model, **{name: tree[name] for name in names})
-    record = json.loads(Path(tree['save_path'], 'results.json').read_text())
-    entry = record['lists'][tree['eval_list']]
-    assert entry['commit'].startswith(commit)
-    assert '--eval' in entry['command']
-    assert entry['versions']['python']

@@ -1,9 +1,5 @@
 """At the edge: processes at once, odd recipes, options and lists, tampered files."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -63,99 +59,10 @@ def refusal(capsys, call, *args, **kwargs):
 # Processes that write at once.
 
 
-def test_evaluations_at_once_lose_no_results(tree, model, capfd):
-    """Two processes score twelve lists each into one folder; lists of one name come from both."""
-    folder, children = Path(tree['eval_list']).parent, []
-    lists = [folder / f'{who}/{number}.txt' for who in 'ab' for number in range(12)]
-    for path in lists:
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(Path(tree['eval_list']).read_bytes())
-    for who in 'ab':
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                torch.set_num_threads(1)
-                for path in lists:
-                    if path.parent.name == who:
-                        evaluate(tree, model, eval_list=str(path))
-                status = 0
-            finally:
-                os._exit(status)
-        children.append(child)
-    statuses = [os.waitpid(child, 0)[1] for child in children]
-    assert statuses == [0, 0], capfd.readouterr().err
-    found = json.loads(Path(tree['save_path'], 'results.json').read_text())['lists']
-    assert set(found) == set(map(str, lists))
-    assert len({entry['scores'] for entry in found.values()}) == len(lists)
-    assert not list(Path(tree['save_path']).rglob('*.part'))
-
-
 # The command.
 
 
-def test_two_commands_are_refused(tree, model, capsys):
-    assert 'not allowed with' in refusal(capsys, evaluate, tree, model, '--check')
-    assert not Path(tree['save_path']).exists()
-
-
-@pytest.mark.parametrize('fault', ['other options', 'score.txt', 'an encoder that lacks a tensor'])
-def test_check_finds_what_would_stop_the_run(tree, model, capsys, fault):
-    options = {}
-    if fault == 'an encoder that lacks a tensor':
-        state = torch.load(model)
-        del state['speaker_encoder.layer2.bn3.weight']
-        torch.save(state, model)
-        options = {'initial_model': model}
-    else:
-        train(tree)
-        options = {'max_epoch': 2, 'lr': 0.5 if fault == 'other options' else 0.001}
-        if fault == 'score.txt':
-            Path(tree['save_path'], 'score.txt').write_text('nothing\n')
-    before = sorted(Path(tree['save_path']).rglob('*'))
-    found = refusal(capsys, train, tree, '--check', **options)
-    assert found == refusal(capsys, train, tree, **options)
-    assert fault.startswith('an') or sorted(Path(tree['save_path']).rglob('*')) == before
-
-
-def test_a_seed_that_is_too_large_is_refused(tree, capsys):
-    assert '--seed' in refusal(capsys, train, tree, seed=2**64)
-    train(tree, seed=2**64 - 1)
-
-
-def test_a_crop_that_memory_cannot_hold_gets_a_sentence(tree, capsys):
-    assert '--batch_size' in refusal(capsys, train, tree, num_frames=10**12)
-
-
 # Recipes and options.txt.
-
-
-RECIPES = {
-    'unclosed quote': ("--lr 0.1\n--train_list 'abc\n", "'abc"),
-    'backslash at the end': ('--train_list abc\\\n', 'abc'),
-    'unknown option': ('--lr 0.1 --lrr 0.2\n', '--lrr'),
-}
-
-
-@pytest.mark.parametrize('fault', RECIPES)
-def test_a_recipe_is_refused(tmp_path, fault):
-    content, words = RECIPES[fault]
-    (tmp_path / 'recipe.txt').write_text(content)
-    command = [sys.executable, str(ROOT / 'trainECAPAModel.py'), '@recipe.txt']
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert words in done.stderr and 'Traceback' not in done.stderr
-    assert os.listdir(tmp_path) == ['recipe.txt']
-
-
-@pytest.mark.parametrize('value', ['-x', '--lr', '@list', "two 'words' # in one", ''])
-def test_options_of_any_name_are_read_back(tmp_path, value):
-    flags = [f'--train_list={value}', f'--eval_list={value}', '--save_path', str(tmp_path)]
-    args = trainECAPAModel.make_parser().parse_args(flags)
-    args.command = ''
-    trainECAPAModel.write_options(args)
-    kept = trainECAPAModel.make_parser().parse_args([f'@{tmp_path}/options.txt'])
-    assert (kept.train_list, kept.eval_list) == (value, [value])
 
 
 # Lists.

@@ -1,6 +1,5 @@
 """How a command ends: signals, helpers that die, streams and places that go away, options."""
 
-import argparse
 import contextlib
 import errno
 import functools
@@ -22,7 +21,6 @@ from cli import command_line
 from conftest import make_system, wave, write_wav
 
 import tools
-import trainECAPAModel
 from dataLoader import (
     make_batches,
     parallel_map,
@@ -31,34 +29,10 @@ from dataLoader import (
     why_no_processes,
 )
 from ECAPAModel import saved_models
-from tools import BadInput, in_range
+from tools import BadInput
 
 ROOT = Path(__file__).parents[1]
 SMALL = {'C': 8, 'num_frames': 20, 'batch_size': 4, 'max_epoch': 2, 'device': 'cpu'}
-
-
-@pytest.mark.parametrize('kind, text', [(int, '9' * 20), (int, '9' * 5000), (float, 'inf')])
-def test_options_have_finite_bounds(kind, text):
-    """Also where no upper bound is given: 20 nines overflowed the clock."""
-    with pytest.raises((argparse.ArgumentTypeError, ValueError)):
-        in_range(kind, 0)(text)
-
-
-def test_torchrun_hands_on_each_option_or_its_longer_name():
-    """Its parser refuses what may be the beginning of several of its own options."""
-    launcher = pytest.importorskip('torch.distributed.run').get_args_parser()
-    theirs = [name for action in launcher._actions for name in action.option_strings]
-    for action in trainECAPAModel.make_parser()._actions:
-        if action.dest == 'help':
-            continue
-        safe = [
-            name
-            for name in action.option_strings
-            if not any(their_name.startswith(name) for their_name in theirs)
-        ]
-        assert safe, action.option_strings
-    args = trainECAPAModel.make_parser().parse_args(['--margin', '0.3', '--scale', '32'])
-    assert (args.m, args.s) == (0.3, 32)
 
 
 # Signals.

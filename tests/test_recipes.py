@@ -1,6 +1,5 @@
 """What the options of the strong recipe promise: rates, margins, restarts, averages, crops."""
 
-import inspect
 import json
 import math
 import random
@@ -19,7 +18,7 @@ from ECAPAModel import ECAPAModel, describe
 from exps import average
 from loss import LOSSES
 from model import ECAPA_TDNN, ENCODERS
-from tools import HARMLESS, PUBLISHED_OPTIONS, options_for, read_scores
+from tools import HARMLESS, options_for, read_scores
 
 pytestmark = pytest.mark.usefixtures('short_crops')
 ROOT = Path(__file__).parents[1]
@@ -29,34 +28,6 @@ SMALL = {'C': 8, 'num_frames': 20, 'batch_size': 4, 'n_cpu': 0, 'device': 'cpu'}
 
 def run(*flags, **options):
     trainECAPAModel.main(command_line(*flags, **{**SMALL, **options}))
-
-
-def test_the_defaults_of_the_class_are_those_of_the_command():
-    """Except n_cpu: a script that embeds two files need not start processes."""
-    parser = trainECAPAModel.make_parser()
-    for name, parameter in inspect.signature(ECAPAModel).parameters.items():
-        if parameter.default is not inspect.Parameter.empty and name != 'n_cpu':
-            default = parser.get_default(name)
-            if isinstance(default, list):
-                default = tuple(default)
-            assert parameter.default == default, name
-
-
-def test_a_misspelt_option_is_an_error(tree):
-    with pytest.raises(TypeError, match='wieght_decay'):
-        make_system(wieght_decay=0)
-    with pytest.raises(TypeError, match='keep'):
-        make_system(keep=3)
-    with pytest.raises(TypeError, match='speed_pertrub'):
-        train_loader(**tree, num_frames=20, speed_pertrub=True)
-
-
-def test_scripts_may_pass_all_published_options_to_every_part(tree):
-    options = {**dict.fromkeys(PUBLISHED_OPTIONS), **tree, 'num_frames': 20}
-    assert len(train_loader(**options)) == 12
-    options |= {'lr': 0.001, 'lr_decay': 0.97, 'm': 0.2, 's': 30, 'test_step': 1}
-    options |= {'C': 8, 'n_class': 4, 'n_cpu': 0, 'max_epoch': 80}
-    assert ECAPAModel(**options).n_class == 4
 
 
 def test_every_option_counts_when_a_run_is_continued_unless_it_is_harmless(tree):

@@ -14,8 +14,7 @@ from conftest import make_system
 
 import trainECAPAModel
 from ECAPAModel import ECAPAModel
-from exps import embed, scoring
-from tools import BadInput
+from exps import scoring
 
 pytestmark = pytest.mark.usefixtures('short_crops')
 
@@ -89,39 +88,6 @@ def test_a_list_has_one_entry_by_a_relative_and_an_absolute_path(tree, model, mo
         run('--eval', **{**options, 'eval_list': path})
         assert list(results_of(tree['save_path'])) == [path]
     assert os.listdir(Path(tree['save_path'], 'scores')) == ['trials.txt']
-
-
-@pytest.mark.parametrize('script', ['eval', 'embed'])
-def test_a_place_that_cannot_be_written_is_named_at_the_start(
-    tree, model, tmp_path, capsys, monkeypatch, script
-):
-    (tmp_path / 'file').write_text('in the way')
-    monkeypatch.setattr(ECAPAModel, 'embed_files', lambda *_, **__: pytest.fail('it came too late'))
-    with pytest.raises(SystemExit) as stop:
-        if script == 'eval':
-            run('--eval', **{**eval_options(tree, model), 'save_path': tmp_path / 'file/exp'})
-        else:
-            out = ['--out', str(tmp_path / 'file/x.npz')]
-            embed.main([tree['eval_path'], *out, *command_line(initial_model=model)])
-    assert stop.value.code == 2
-    message = capsys.readouterr().err
-    assert ('--save_path' if script == 'eval' else '--out') in message
-    assert str(tmp_path / 'file') in message
-
-
-def test_figures_are_printed_before_they_are_written(tree, model, capsys, monkeypatch):
-    """A disk that fills up during a long evaluation costs the files, not the figures."""
-    monkeypatch.setattr(scoring, 'write_text', lambda path, _: no_space(path))
-    with pytest.raises(SystemExit) as stop:
-        run('--eval', **eval_options(tree, model))
-    assert stop.value.code == 2
-    captured = capsys.readouterr()
-    assert re.search(r'raw .*%', captured.out.splitlines()[-1])
-    assert 'trials.txt' in captured.err
-
-
-def no_space(path):
-    raise BadInput(f'{path}: cannot be written (No space left on device)')
 
 
 def test_a_model_whose_scores_are_all_equal_is_said(tree, model, capsys, monkeypatch):

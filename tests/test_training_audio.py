@@ -130,34 +130,6 @@ def test_a_speaker_without_a_good_file_is_replaced_by_others_with_their_labels(t
     assert 'zz/session/00000.wav' in line
 
 
-def test_check_and_training_agree_on_a_speaker_without_a_good_file(tree, capsys):
-    one_utterance_of_zz(tree)
-    run(tree, '--check', max_bad=10)
-    assert 'zz/session/00000.wav' in capsys.readouterr().out
-    run(tree, max_bad=10, batch_size=13, max_epoch=1)
-    assert '1 utterances replaced' in capsys.readouterr().out
-    assert 'zz/session/00000.wav' in refusal(capsys, tree, '--check', max_bad=5)
-    assert 'zz/session/00000.wav' in refusal(capsys, tree, max_bad=5, max_epoch=2)
-
-
-@pytest.mark.parametrize('option', PARTS)
-def test_check_reads_every_noise_and_room_by_the_rule_of_training(tree, capsys, option):
-    folder = Path(tree[option], PARTS[option]).parent
-    for number in range(300):
-        write_wav(folder / f'{number:05d}.wav', SOUND[:2000], subtype='PCM_16')
-    (folder / '00001.wav').write_bytes(b'')
-    run(tree, '--check')
-    assert '00001.wav' in capsys.readouterr().out
-    message = refusal(capsys, tree, '--check', max_bad=0.1)
-    assert option in message and '00001.wav' in message
-
-
-def test_check_refuses_what_is_bad_as_a_whole(tree, capsys):
-    for path in Path(tree['rir_path']).rglob('*.wav'):
-        write_wav(path, 0 * SOUND)
-    assert '--rir_path' in refusal(capsys, tree, '--check', max_bad=100)
-
-
 def room(delay, samples=8000):
     """A decaying response whose direct sound comes after `delay` seconds."""
     rng = np.random.default_rng(1)

@@ -264,16 +264,6 @@ def test_a_results_file_of_something_else_is_refused(tree, model, capsys, conten
     assert 'not what this --eval writes' in output
 
 
-def test_options_are_kept_and_read_back(tree):
-    options = {**tree, 'C': 8, 'num_frames': 20, 'batch_size': 4, 'max_epoch': 1, 'lr': 0.002}
-    run(**options)
-    path = Path(tree['save_path']) / 'options.txt'
-    assert '# torch ' in path.read_text()
-    kept = trainECAPAModel.make_parser().parse_args([f'@{path}'])
-    arguments = command_line(device='cpu', n_cpu=0, **options)
-    assert kept == trainECAPAModel.make_parser().parse_args(arguments)
-
-
 def test_embeddings_of_any_format(tree, model, capsys):
     folder = Path(tree['save_path']).parent / 'recordings'
     audio = wave(1, 32000)
