@@ -112,10 +112,10 @@ def test_a_signal_at_any_moment_leaves_whole_files(tmp_path, number):
 
 @pytest.mark.usefixtures('few_trials')
 def test_evaluations_at_once_lose_no_results(tree, model, capfd):
-    """Two processes score twelve lists each into one folder; lists of one name come from both."""
+    """Two processes score six lists each into one folder; lists of one name come from both."""
     folder = Path(tree['eval_list']).parent
     children = []
-    lists = [folder / f'{who}/{number}.txt' for who in 'ab' for number in range(12)]
+    lists = [folder / f'{who}/{number}.txt' for who in 'ab' for number in range(6)]
     for path in lists:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(Path(tree['eval_list']).read_bytes())
