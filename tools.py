@@ -1,4 +1,4 @@
-"""What all stand on: 1 measures, 2 what a run writes, 3 options, processes, log and errors."""
+"""The base of all modules: measures; files that a run writes; processes, log and errors."""
 
 import argparse
 import contextlib
@@ -186,9 +186,10 @@ def ComputeMinDcf(fnrs, fprs, thresholds, p_target, c_miss, c_fa):
 
 
 def accuracy(output, target, topk=(1,)):
-    """Percentages of rows of output (B, classes) whose target (B,) is among the k largest.
+    """Computes the accuracy in percent of output (B, classes) for target (B,).
 
-    Returns a (1,) tensor for each k of topk.
+    A row counts as right if its target is among the k largest. Returns a (1,) tensor for each k of
+    topk.
     """
     _, predictions = output.topk(max(topk), dim=1)
     correct = predictions == target.view(-1, 1)
@@ -215,10 +216,10 @@ def init_args(args):
 
 
 def read_scores(path):
-    """The lines of a score.txt, oldest first; none of a missing file.
+    """Reads a score.txt: a list of (epoch, lr, loss, accuracy %, EER %, best EER %).
 
-    A line is a tuple (epoch, lr, loss, accuracy %, EER %, best EER %). Raises BadInput, with the
-    line number, on a line of another format.
+    The list is empty if there is no such file. Raises BadInput with the line number for a line of
+    another format.
     """
     scores = []
     text = read_bytes(path, missing=b'').decode('utf-8', errors='replace')
@@ -231,9 +232,9 @@ def read_scores(path):
     return scores
 
 
-@functools.cache  # so that what is written at the end is what ran
+@functools.cache  # the commit at the start is the one that runs
 def provenance(command):
-    """What the numbers come from: {'command', 'commit', 'versions': of Python and packages}."""
+    """Finds out where numbers come from: {'command', 'commit', 'versions': {package: version}}."""
     repository = os.path.dirname(os.path.abspath(__file__))
     git = ['git', '--git-dir=.git', '--work-tree=.']
     git += ['describe', '--always', '--dirty', '--abbrev=40', '--exclude=*']
@@ -248,9 +249,10 @@ def provenance(command):
 
 
 def read_bytes(path, missing=None):
-    """The bytes of a file; `missing` for none, if that is given.
+    """Reads the bytes of a file.
 
-    Raises BadInput that says why the file cannot be read.
+    Returns `missing`, if that is given, for a file that does not exist. Raises BadInput that says
+    why the file cannot be read.
     """
     try:
         with open(path, 'rb') as file:
@@ -263,20 +265,19 @@ def read_bytes(path, missing=None):
         raise BadInput(f'{path}: cannot be read ({error.strerror})') from error
 
 
-unfinished_files = set()  # what write_whole is writing
+unfinished_files = set()  # those that write_whole is writing
 
 
 def write_whole(path, write):
-    """Calls write(binary file), and puts what it wrote at `path`.
+    """Writes a file by calling write(binary file); an old file at `path` stays until that is done.
 
-    The old file stays until the new one is completely on disk. Raises BadInput where the disk
-    refuses.
+    Raises BadInput if the file cannot be written.
     """
-    # Into memory first: an interrupt within torch.save would come out as an error of its own.
+    # Into memory first: torch.save turns an interrupt into another error.
     content = io.BytesIO()
     write(content)
 
-    # Two processes may write the same file (for example a cohort).
+    # A name for each process: two of them may write the same file, for example a cohort.
     temporary = f'{path}.{os.getpid()}.part'
     unfinished_files.add(temporary)
     try:
@@ -286,7 +287,7 @@ def write_whole(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
         if os.name != 'nt':  # Windows has no such call
-            # Or the renamed file might be gone after a power cut.
+            # Without this, the renamed file might be gone after a power cut.
             folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
@@ -302,9 +303,10 @@ def write_whole(path, write):
 
 
 def check_writable(folder, option):
-    """Raises BadInput unless files can be written in a folder, or the folder can be made.
+    """Checks that files can be written in a folder, which need not exist yet.
 
-    option: the one that names it. Returns the folder, or the nearest one above it that exists.
+    option: the option that names the folder. Returns the folder, or the nearest one above it that
+    exists. Raises BadInput if that cannot be written.
     """
     existing = os.path.abspath(folder)
     while not os.path.exists(existing):
@@ -323,19 +325,19 @@ def write_text(path, text):
 
 
 def sha256(content):
-    """SHA-256 of bytes, in hexadecimal."""
+    """Computes the SHA-256 of bytes, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
 
 
 # 3. Options; processes; the log; errors for people.
 
-PATIENCE = 3 * 3600  # seconds in which the first process may go through all files of VoxCeleb2
-TIMEOUT = 600  # seconds after which a process that does not answer the others is taken for hung
+PATIENCE = 3 * 3600  # seconds: the first process may go through all files of VoxCeleb2
+TIMEOUT = 600  # seconds after which a process that does not answer counts as hung
 
-common_store = None  # torchrun's store of keys, of the processes that train together
-turns = itertools.count()  # of first_process_first
+common_store = None  # torchrun's store of keys for the processes that train together
+turns = itertools.count()  # names the blocks of first_process_first
 helpers = []  # processes that load data for this one
-socket_folder = None  # of the helpers
+socket_folder = None  # folder of the helpers' sockets
 
 # The options of the published command. Its scripts pass all of them to each part: f(**vars(args)).
 PUBLISHED_OPTIONS = {
@@ -344,8 +346,8 @@ PUBLISHED_OPTIONS = {
     'C', 'm', 's', 'n_class', 'eval', 'score_save_path', 'model_save_path',
 }  # fmt: skip
 
-# Options that do not change the numbers of a training run. Every other option counts when a run is
-# continued, so a new option does too unless it is added here.
+# Options that do not change the numbers of a training run. All others are compared when a run is
+# continued, so a new option counts unless it is added here.
 HARMLESS = {
     'check', 'eval', 'force', 'command', 'save_path', 'score_save_path', 'model_save_path', 'keep',
     'max_bad', 'device', 'n_cpu', 'compile',
@@ -357,7 +359,7 @@ HARMLESS = {
 
 
 def options_for(function, args):
-    """Returns those of a command's options that a function or class takes, {name: value}."""
+    """Selects the options of a command that a function or class takes: {name: value}."""
     names = inspect.signature(function).parameters
     return {name: value for name, value in vars(args).items() if name in names}
 
@@ -389,38 +391,38 @@ def in_range(kind, low, high=None):
 
 
 def default_n_cpu():
-    """Loading processes for each training process: its share of the processors, 16 at most."""
+    """Returns how many processes load data for a training process: its processors, at most 16."""
     return max(1, min(16, available_cpus() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
 
 
 def available_cpus():
-    """Processors that this process may use."""
+    """Returns how many processors this process may use."""
     if hasattr(os, 'sched_getaffinity'):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def command_of(program, argv):
-    """The command line of `program` with the arguments argv, those of this process if None."""
+    """Returns the command line of `program` with arguments argv (None: those of this process)."""
     return shlex.join(['python', *program.split(), *(sys.argv[1:] if argv is None else argv)])
 
 
 def process_rank():
-    """Number of this process among those that train together, 0 where it is alone or writes."""
+    """Returns the number of this process; 0 is the one that writes, or the only one."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def process_count():
-    """How many processes train together."""
+    """Returns how many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @contextlib.contextmanager
 def first_process_first():
-    """Lets the first process run the block before the others, which wait for it, hours if need be.
+    """Makes the other processes wait until the first one has run the block.
 
-    The others wait at torchrun's store: a collective would end by its timeout of minutes. They end
-    here if a process has told of an error meanwhile.
+    They may wait for hours, so they ask torchrun's store: a collective would time out after
+    minutes. They exit if another process reports an error meanwhile.
     """
     turn = f'turn {next(turns)}'
     if process_rank() > 0:
@@ -446,7 +448,7 @@ def sum_over_processes(tensor):
 
 
 def gather(items):
-    """Returns the items of the lists of all processes that train together, in one list."""
+    """Joins the lists of all processes that train together into one list."""
     if process_count() == 1:
         return items
     lists = [None] * process_count()
@@ -455,9 +457,10 @@ def gather(items):
 
 
 def compare_processes(options, args):
-    """Raises BadInput if the processes that train together differ in {option: value} or commit.
+    """Compares {option: value} and the commit of all processes that train together.
 
-    With other seeds or lists on one of two machines the training would go on, silently wrong.
+    If one of two machines had another seed or list, the training would silently be wrong. Raises
+    BadInput that names the differences.
     """
     facts = {f'--{name}': value for name, value in options.items()}
     facts['commit'] = provenance(args.command)['commit']
@@ -477,39 +480,40 @@ def compare_processes(options, args):
 
 
 def say(text):
-    """Prints a line of the log, in the first process only."""
+    """Prints a line of the log, only in the first process."""
     if process_rank() == 0:
         print(text, flush=True)
 
 
 def note(text):
-    """Prints a note once for all processes, on standard error: standard output is for results."""
+    """Prints a note on standard error, only in the first process; results go to standard output."""
     if process_rank() == 0:
         print(f'note: {text}', file=sys.stderr, flush=True)
 
 
 class BadInput(Exception):
-    """The user's input cannot be used: the message says what is wrong, where, and what to do."""
+    """Input that cannot be used; the message says what is wrong, where, and what to do."""
 
 
 @contextlib.contextmanager
 def exit_on_bad_input(resume_hint=None):
-    """Turns expected errors into one message and an exit status; bugs keep their traceback.
+    """Turns expected errors in the block into a message and exit status 2.
 
-    The status is 2 for what `message_for` knows and for helpers that died, and 141 (silently) if
-    nobody reads the output any more. Of processes that train together, the first one to fail prints
-    its message. resume_hint: see end_on_signals.
+    Expected are the errors that message_for knows, and processes that died; other errors are bugs
+    and keep their traceback. If nobody reads the output any more, the status is 141, without a
+    message. Of several processes, only the first one that fails prints its message.
+    resume_hint: see end_on_signals.
     """
     prepare_streams()
     with end_on_signals(resume_hint):
         try:
             yield
             sys.stdout.flush()
-        except KeyboardInterrupt:  # in a notebook, or from somebody's own handler
+        except KeyboardInterrupt:  # in a notebook, or from another handler
             print('\nstopped by Ctrl-C', file=sys.stderr)
             sys.exit(130)
         except BrokenPipeError:
-            sys.exit(141)  # as for a program that SIGPIPE ends
+            sys.exit(141)  # the status of a program that SIGPIPE ends
         except Exception as error:
             message = message_for(error) or why_helpers_died(resume_hint)
             message = message or why_not_together(error)
@@ -523,18 +527,18 @@ def exit_on_bad_input(resume_hint=None):
 
 
 def prepare_streams():
-    """Makes standard output and error take any text, also if the shell has closed them (`>&-`)."""
+    """Makes standard output and error accept any text, even if the shell closed them (`>&-`)."""
     for name in ('stdout', 'stderr'):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))
         elif hasattr(stream, 'reconfigure'):  # a notebook's stream has no such method
-            # File names need not be UTF-8, and are printed nevertheless.
+            # A file name need not be UTF-8.
             stream.reconfigure(errors='backslashreplace')
 
 
 def drop_unwritten():
-    """Gives up text that cannot be written: Python would try again at its end, and complain."""
+    """Drops text that cannot be written; otherwise Python tries again at exit, and complains."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -546,22 +550,21 @@ def drop_unwritten():
 
 @contextlib.contextmanager
 def end_on_signals(resume_hint=None):
-    """Makes Ctrl-C and SIGTERM end this process at once, with status 130 and 143.
+    """Makes Ctrl-C and SIGTERM end this process at once in the block, with status 130 or 143.
 
-    An exception that a handler raises is lost in a destructor or a callback, and the run would go
-    on. Files are written whole, so nothing is lost by an end at any moment. resume_hint(): what to
-    add to the message, or None.
+    If the handler raised an exception instead, a destructor or a callback could swallow it, and the
+    run would go on. Files are written whole, so the process may end at any moment. resume_hint():
+    returns text to add to the message.
 
-    A notebook keeps its own way to interrupt, and so does a thread, which cannot have handlers.
-    SIGTERM keeps its default effect under torchrun, which sends it to processes that wait for each
-    other outside of Python.
+    Notebooks and threads keep their handlers. Under torchrun SIGTERM keeps its default effect,
+    because the processes may be waiting for each other outside of Python.
     """
     before = {}
     process = os.getpid()
 
     def end(number, frame):
         if os.getpid() != process:
-            # A helper that was forked a moment ago has nothing to say.
+            # This is a helper that was forked a moment ago; it ends silently.
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         end_by_signal(number, resume_hint)
@@ -569,7 +572,7 @@ def end_on_signals(resume_hint=None):
     if owns_the_process():
         for number in (signal.SIGINT, signal.SIGTERM):
             under_torchrun = number == signal.SIGTERM and 'TORCHELASTIC_RUN_ID' in os.environ
-            # In the background of a script, Ctrl-C is ignored.
+            # Ctrl-C stays ignored in the background of a script.
             if signal.getsignal(number) != signal.SIG_IGN and not under_torchrun:
                 before[number] = signal.signal(number, end)
     try:
@@ -580,19 +583,19 @@ def end_on_signals(resume_hint=None):
 
 
 def owns_the_process():
-    """Returns whether this is the main thread of a command, neither a notebook nor a prompt."""
+    """Returns whether this is the main thread of a command, not of a notebook or a prompt."""
     is_main_thread = threading.current_thread() is threading.main_thread()
     return is_main_thread and not hasattr(sys, 'ps1')
 
 
 def end_by_signal(number, resume_hint):
-    """Ends this process and its helpers with a line on standard error, without any clean-up."""
+    """Ends this process and its helpers at once, with a line on standard error."""
     try:
         # Neither a second signal nor the end of a helper may interrupt this.
         for name in ('SIGINT', 'SIGTERM', 'SIGCHLD'):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), signal.SIG_IGN)
-        # Killed before this process ends, or they would complain that nobody takes their data.
+        # Kill helpers first: they would complain that nobody takes their data.
         for helper in multiprocessing.active_children():
             helper.kill()
         for path in unfinished_files:
@@ -603,23 +606,23 @@ def end_by_signal(number, resume_hint):
         if process_rank() == 0:
             name = 'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'
             hint = resume_hint() if resume_hint else ''
-            # print may have been interrupted, and cannot be entered twice.
+            # Not by print, which the signal may have interrupted: it cannot be entered twice.
             os.write(2, f'\nstopped by {name}{hint}\n'.encode(errors='backslashreplace'))
     finally:
         os._exit(128 + number)
 
 
-# What PyTorch's errors say if memory is too small for a step.
+# Words of PyTorch's errors for too little memory.
 MEMORY = "out of memory|ALLOC_FAILED|can't allocate memory"
 
-# What is wrong with the machine rather than with this code.
+# Errors of the machine, not of this code.
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 def message_for(error):
-    """Returns what to tell people of an exception; None for a mistake in this code."""
+    """Returns the message for people about an expected error; None for any other error."""
     if isinstance(error, BadInput):
-        # From a worker process the error comes wrapped in the worker's traceback.
+        # An error of a loading process comes with that process's traceback.
         return str(error).rpartition('BadInput: ')[2].strip()
     if isinstance(error, ModuleNotFoundError):
         return f'the package {error.name} is needed for this: pip install {error.name}'
@@ -641,12 +644,12 @@ def summary(error):
 
 
 def why_helpers_died(resume_hint):
-    """Returns how a process that loads data died, and what to do; None if all are well.
+    """Returns how a process that loads data died, and what to do; None if none died.
 
-    This asks the processes, as PyTorch's wording changes. Ends the command if somebody stopped a
-    helper: SIGTERM to a whole job may reach helpers first.
+    The message of PyTorch's error changes between releases, so this asks the processes. If somebody
+    stopped a helper, this ends the command: SIGTERM to a whole job may reach helpers first.
     """
-    # One that has just closed its pipes may need a moment to end.
+    # A helper that has just closed its pipes may need a moment to end.
     multiprocessing.connection.wait([helper.sentinel for helper in helpers], timeout=1)
     codes = {helper.exitcode for helper in helpers} - {None, 0}
     if not codes:
@@ -654,27 +657,28 @@ def why_helpers_died(resume_hint):
     for number in (signal.SIGTERM, signal.SIGINT):
         if -number in codes and owns_the_process():
             end_by_signal(number, resume_hint)
+
     code = min(codes)
     if code > 0:
         return f'a loading process ended with status {code}; the lines above say why'
     name = signal.Signals(-code).name
-    how = f'a loading process was ended by {name}'
-    if name == 'SIGKILL':
-        return f'{how}: memory is short, most likely; use a smaller --n_cpu'
-    if name == 'SIGBUS':
-        return f'{how}: shared memory is full, most likely; {MORE_SHARED_MEMORY}'
-    return f'{how}: a library failed; --n_cpu 0 reads in this process and shows where'
+    return f'a loading process was ended by {name}: {REMEDIES.get(name, OTHER_REMEDY)}'
 
 
 MORE_SHARED_MEMORY = 'use a smaller --n_cpu, or give more (docker run --shm-size 4g)'
+REMEDIES = {
+    'SIGKILL': 'memory is probably short; use a smaller --n_cpu',
+    'SIGBUS': f'shared memory is probably full; {MORE_SHARED_MEMORY}',
+}
+OTHER_REMEDY = 'a library failed; --n_cpu 0 reads in this process and shows where'
 
 
 def why_not_together(error):
-    """Returns what to say if an exchange with other processes failed; None for another error."""
+    """Returns the message for an exchange between processes that failed; None for other errors."""
     if process_count() == 1 or not isinstance(error, RuntimeError):
         return None
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    # Batch norm exchanges its gradients within the backward pass, which is PyTorch's last frame.
+    # The traceback of an exchange in the backward pass of batch norm ends in PyTorch's graph.py.
     exchanging = ('distributed', '_functional_collectives.py', 'graph.py')
     parts = {part for file in files for part in file.split(os.sep)}
     if not parts.intersection(exchanging):
@@ -686,7 +690,7 @@ def why_not_together(error):
 
 
 def is_first_to_tell():
-    """Returns whether no other process that trains with this one has told of an error."""
+    """Returns whether this process is the first one that reports an error, and notes that."""
     if common_store is None:
         return True
     try:
