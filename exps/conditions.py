@@ -25,6 +25,7 @@ import soundfile
 from tqdm import tqdm
 
 from dataLoader import (
+    ATTEMPTS,
     INTERNET,
     NOISE_CLIPS,
     RATE,
@@ -36,6 +37,7 @@ from dataLoader import (
     is_usable,
     parallel_map,
     read_audio,
+    read_room,
     read_trial_lists,
     reverberate,
     through_codec,
@@ -52,6 +54,7 @@ from tools import (
 )
 
 CODECS = {**TELEPHONE, **INTERNET, 'opus': Codec(RATE, 'OGG', 'OPUS', (0.99, 1.0))}
+SILENCE = 1e-10  # power of a clip that adds nothing, -100 dB
 CUT = 2 * RATE  # samples of 'short'
 SETTINGS = 'settings.json'  # in --out
 
@@ -110,7 +113,9 @@ def write_conditions(args):
     write_text(os.path.join(args.out, SETTINGS), json.dumps(settings, indent=1))
     convert = functools.partial(write_one, made, args.audio, audio)
     done = parallel_map(convert, jobs, min(args.n_cpu, len(jobs)))
-    faults = [fault for fault in tqdm(done, 'writing', len(jobs), disable=None) if fault]
+    # A bad file has the same fault in each condition.
+    shown = tqdm(done, 'writing', len(jobs), disable=None)
+    faults = list(dict.fromkeys(fault for fault in shown if fault))
     if faults:
         raise BadInput('\n'.join([f'{len(faults)} files cannot be used, the first:', *faults[:20]]))
 
@@ -161,32 +166,35 @@ def cut(samples, rng):
 
 
 def mixed(files, category, snr, samples, rng):
-    """samples plus noise, as many clips as in training, which are snr dB below in all."""
-    clips = list(files.draw(rng, len(samples), rng.randint(*NOISE_CLIPS[category])))
-    noise = np.sum(clips, axis=0)
-    # Not dataLoader.decibels, whose floor makes noise under quiet speech too loud.
-    power = max(np.mean(noise**2), 1e-12)
-    gain = np.sqrt(np.mean(samples**2) / power / 10 ** (snr / 10))
-    return samples + noise * np.float32(gain)
+    """Adds noise, as many clips as in training, which together are snr dB below the samples."""
+    for _ in range(ATTEMPTS):
+        clips = list(files.draw(rng, len(samples), rng.randint(*NOISE_CLIPS[category])))
+        noise = np.sum(clips, axis=0)
+        # Not dataLoader.decibels, whose floor makes noise under quiet speech too loud.
+        power = np.mean(noise**2)
+        if power > SILENCE:
+            gain = np.sqrt(np.mean(samples**2) / power / 10 ** (snr / 10))
+            return samples + noise * np.float32(gain)
+    raise BadInput(f'--musan_path: {files.folder}: {ATTEMPTS} draws in a row are silent')
 
 
 def in_room(rirs, samples, rng):
-    """samples in a room drawn at random."""
-    return reverberate(samples, read_audio(rirs[rng.randrange(len(rirs))]))
+    """Puts samples in a random room."""
+    return reverberate(samples, read_room(rirs[rng.randrange(len(rirs))]))
 
 
 def write_one(conditions, folder, audio, job):
     """Writes a file of folder in a condition to audio, 16 bits; returns its fault, '' for none."""
     name, file = job
     out = os.path.join(audio, renamed(file, name))
+    # By the name of speaker and recording, as the names of files alone are alike in many folders.
+    rng = random.Random(renamed(file, name))
     try:
-        samples = read_audio(os.path.join(folder, file))
+        samples = conditions[name](read_audio(os.path.join(folder, file)), rng)
     except BadInput as error:
         return str(error)
-    # By the name of speaker and recording, as the names of files alone are alike in many folders.
-    samples = conditions[name](samples, random.Random(renamed(file, name)))
-    if name != 'clean':
-        samples = samples / max(1.0, np.abs(samples).max() / 0.99)
+    # 16 bits would clip what is above 1.
+    samples = samples / max(1.0, np.abs(samples).max())
     os.makedirs(os.path.dirname(out), exist_ok=True)
     write_whole(out, lambda file: soundfile.write(file, samples, RATE, 'PCM_16', format='WAV'))
     return ''

@@ -229,6 +229,51 @@ def test_noise_is_of_the_speaker_and_recording_and_as_loud_as_asked_for(corpus):
     assert correlations.max() < 0.9, 'one noise under several recordings'
 
 
+def test_every_file_gets_noise_if_some_of_it_is_silent(corpus):
+    for number in range(6):
+        sound = 0.1 * np.random.default_rng(number).standard_normal(80000) * (number == 0)
+        write_wav(corpus / f'musan/noise/{number}.wav', sound, subtype='PCM_16')
+    for category in ('speech', 'music'):
+        write_wav(corpus / 'musan' / category / '0.wav', sound + 0.1, subtype='PCM_16')
+    arguments = [str(corpus / 'trials.txt'), '--audio', str(corpus / 'audio'), '--n_cpu', '0']
+    options = ['--musan_path', str(corpus / 'musan'), '--conditions', 'noise']
+    conditions.main([*arguments, *options, '--out', str(corpus / 'out')])
+    for path in (corpus / 'out/audio').rglob('*.noise.wav'):
+        clean, _ = soundfile.read(str(path).replace('noise.wav', 'clean.wav'))
+        noisy, _ = soundfile.read(path)
+        assert np.abs(noisy - clean).max() > 0.01
+
+
+def test_noise_that_is_silent_as_a_whole_is_refused(corpus, capsys):
+    for category in ('noise', 'speech', 'music'):
+        write_wav(corpus / 'musan' / category / '0.wav', np.zeros(80000), subtype='PCM_16')
+    arguments = [str(corpus / 'trials.txt'), '--audio', str(corpus / 'audio'), '--n_cpu', '0']
+    options = ['--musan_path', str(corpus / 'musan'), '--conditions', 'noise']
+    with pytest.raises(SystemExit) as stop:
+        conditions.main([*arguments, *options, '--out', str(corpus / 'out')])
+    assert stop.value.code == 2
+    assert '--musan_path' in capsys.readouterr().err
+
+
+def test_a_bad_file_is_named_once(corpus, capsys):
+    (corpus / 'audio/id1/a/2.wav').write_bytes(b'not audio')
+    arguments = [str(corpus / 'trials.txt'), '--audio', str(corpus / 'audio'), '--n_cpu', '0']
+    with pytest.raises(SystemExit) as stop:
+        conditions.main([*arguments, '--out', str(corpus / 'out'), '--conditions', 'gsm', 'short'])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count('id1/a/2.wav') == 1
+
+
+def test_a_loud_file_is_turned_down_and_not_clipped_in_clean_too(corpus):
+    path = corpus / 'audio/id0/a/0.wav'
+    loud = 3 * wave(0, 40000) / np.abs(wave(0, 40000)).max()
+    write_wav(path, loud, subtype='FLOAT')
+    arguments = [str(corpus / 'trials.txt'), '--audio', str(corpus / 'audio'), '--n_cpu', '0']
+    conditions.main([*arguments, '--out', str(corpus / 'out'), '--conditions', 'short'])
+    clean, _ = soundfile.read(corpus / 'out/audio/id0/a/0.clean.wav')
+    np.testing.assert_allclose(clean, loud / 3, atol=1e-4)
+
+
 def test_conditions_that_would_mix_files_are_refused(corpus, tree, capsys):
     def refusal(*arguments):
         with pytest.raises(SystemExit) as stop:
