@@ -1233,6 +1233,9 @@ def wav_layout(path):
 known_wav_layout = functools.lru_cache(maxsize=8192)(wav_layout)
 
 
+# Files that cannot be used, and folders.
+
+
 class BadAudio:
     """A text file that lists audio which training cannot use, a line `path: reason` for each.
 
@@ -1434,6 +1437,9 @@ def require(exists, path, role):
             'shows it all at work on synthetic voices.'
         )
     raise BadInput(message)
+
+
+# Lists.
 
 
 class Strings:
@@ -1760,6 +1766,9 @@ def split_lines(content, path, role, fault):
         raise BadInput('\n'.join([f'{role}: lines that cannot be read:', *wrong_lines]))
     if empty:
         raise BadInput(f'{role}: {path}: the file is empty')
+
+
+# Checks.
 
 
 def check_data(dataset, eval_files, every_file, n_cpu, max_bad):
