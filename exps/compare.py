@@ -40,6 +40,7 @@ from exps.calibrate import (
 )
 from exps.scoring import (
     add_speaker_option,
+    difference_interval,
     draw_speakers,
     format_count,
     format_figure,
@@ -116,11 +117,19 @@ class Sample(NamedTuple):
     scores: np.ndarray
     labels: np.ndarray
 
-    def intervals(self, replicates):
-        """Returns {figure: [low, high]} of replicates of this list, {} if there are none."""
-        if replicates is None:
+    def values(self):
+        """Returns {figure: its mean over the seeds}."""
+        return {
+            name: np.mean([figures[name]['value'] for figures in self.figures])
+            for name in self.figures[0]
+        }
+
+    def intervals(self):
+        """Returns {figure: [low, high]}; without figures whose interval is not known."""
+        if self.replicates is None:
             return {}
-        return intervals_of(replicates, self.labels, self.speakers)
+        others = int(np.sum(self.labels != 1))
+        return intervals_of(self.values(), self.replicates, others, self.speakers)
 
 
 def main(argv=None):
@@ -507,12 +516,13 @@ def seed_rows(groups, samples):
         for name, sample in by_name.items():
             if len(groups[name]) == 1:
                 continue
-            intervals = sample.intervals(sample.replicates)
+            intervals = sample.intervals()
+            means = sample.values()
             for figure in FIGURES:
                 values = [figures[figure]['value'] for figures in sample.figures]
                 lowest = figure_text(min(values), figure)
                 highest = figure_text(max(values), figure)
-                mean = figure_text(np.mean(values), figure)
+                mean = figure_text(means[figure], figure)
                 interval = interval_text(intervals.get(figure), figure)
                 rows.append([name, path, kind, figure, mean, f'{lowest} to {highest}', interval])
     return rows
@@ -530,22 +540,30 @@ def difference_rows(samples, baseline):
 
 
 def differences(sample, baseline):
-    """Cells of the differences of a sample's FIGURES from a baseline's, with intervals of 95 %."""
-    intervals = {}
-    if sample.replicates is not None and baseline.replicates is not None:
-        intervals = sample.intervals(sample.replicates - baseline.replicates)
+    """Returns cells of the differences of a sample's FIGURES from a baseline's, with intervals."""
+    intervals = difference_intervals(sample, baseline)
+    values = sample.values()
+    baseline_values = baseline.values()
     cells = []
     for figure in FIGURES:
-        means = []
-        for side in (sample, baseline):
-            means.append(np.mean([figures[figure]['value'] for figures in side.figures]))
         interval = intervals.get(figure)
-        text = figure_text(means[0] - means[1], figure, '+')
+        text = figure_text(values[figure] - baseline_values[figure], figure, '+')
         text += f' ({interval_text(interval, figure, "+")})'
         if interval and interval[0] <= 0 <= interval[1]:
             text += ', cannot be told apart on these trials'
         cells.append(text)
     return cells
+
+
+def difference_intervals(sample, baseline):
+    """Returns {figure: [low, high]} of the figures that have an interval on both sides."""
+    known = sample.intervals().keys() & baseline.intervals().keys()
+    intervals = {}
+    for column, figure in enumerate(FIGURES):
+        if figure in known:
+            difference = sample.replicates[:, column] - baseline.replicates[:, column]
+            intervals[figure] = difference_interval(difference, sample.speakers)
+    return intervals
 
 
 def note_uncompared(lists, names, groups, baseline):
@@ -605,8 +623,9 @@ def draw_all(experiments, samples, folder):
             curve = label if len(sample.figures) == 1 else f'{label}, the first'
             verification.setdefault(path, {})[curve] = sample.scores, sample.labels
             if sample.replicates is not None:
-                eers = [figures['EER']['value'] for figures in sample.figures]
-                bar = np.mean(eers), sample.intervals(sample.replicates)['EER']
+                eer = sample.values()['EER']
+                # An EER of 0 has no interval.
+                bar = eer, sample.intervals().get('EER', [eer, eer])
                 by_experiment.setdefault(path, {})[label] = {path: bar}
                 by_list.setdefault(path, {})[label] = bar
     for path, curves_of_list in verification.items():

@@ -50,6 +50,7 @@ from tools import (
 
 REPLICATES = 1000  # of the speakers of a list, for an interval
 MAX_BAD = 10  # percent of a cohort's files; with more, its folder is not the right one
+MOST = {'EER': 100, **dict.fromkeys(PRIORS, 1)}  # the largest value of each figure
 
 
 def evaluate(args):
@@ -365,25 +366,28 @@ def add_intervals(results, trial_lists):
             continue
         count = trials.speaker_count()
         draws = draw_speakers(count)
+        others = int(np.sum(trials.labels != 1))
+        notes = []
         for kind, scored in kinds.items():
-            values = replicate_figures(
+            replicates = replicate_figures(
                 scored.scores, trials.labels, trials.speakers, draws, f'how sure, {kind}'
             )
-            intervals = intervals_of(values, trials.labels, count)
-            for name, interval in intervals.items():
+            values = {name: figure['value'] for name, figure in scored.figures.items()}
+            for name, interval in intervals_of(values, replicates, others, count).items():
                 scored.figures[name]['interval'] = interval
-            left_out = int(np.isnan(values[:, 0]).sum())
+            left_out = int(np.isnan(replicates[:, 0]).sum())
             if left_out:
-                say(
-                    f'note          {trials.path}: {left_out} of {REPLICATES} replicates have only '
-                    'target or only non-target trials, and are left out of the intervals'
+                notes.append(
+                    f'{left_out} of {REPLICATES} replicates have only target or only non-target '
+                    'trials, and are left out of the intervals'
                 )
-        for name in FIGURES:
-            if name not in intervals:
-                say(
-                    f'note          {trials.path}: no interval for {name}, which needs at least '
-                    f'{fewest_others(name):,} trials of different speakers'
-                )
+            for name, value in values.items():
+                reason = why_no_interval(name, value, others)
+                if reason:
+                    notes.append(f'no interval for {name}: {reason}')
+        # The kinds of scores often have the same notes.
+        for text in dict.fromkeys(notes):
+            say(f'note          {trials.path}: {text}')
 
 
 def draw_speakers(count, replicates=REPLICATES, seed=0):
@@ -424,38 +428,73 @@ def replicate_figures(scores, labels, speakers, draws, title=None):
         return np.array(list(tqdm(done, title, len(draws), disable=disable, leave=False)))
 
 
-def intervals_of(values, labels, speakers):
-    """Returns {figure: [low, high]}, intervals of 95 % from replicates of FIGURES (replicates, 3).
+def intervals_of(values, replicates, others, speakers):
+    """Returns {figure: [low, high]}, intervals of 95 % of the FIGURES of a list.
 
-    labels: (N,) of the trials; speakers: how many there are. There is none for a minDCF whose list
-    has too few trials of different speakers: the cost then rests on a few false alarms, or none.
+    values: {figure: value}; replicates: (replicates, 3); others: how many non-target trials there
+    are; speakers: how many speakers. Figures with a reason by why_no_interval are left out.
     """
-    others = np.sum(np.asarray(labels) != 1)
     return {
-        name: interval_of(column, speakers)
-        for name, column in zip(FIGURES, values.T)
-        if others >= fewest_others(name)
+        name: figure_interval(values[name], column, speakers, MOST[name])
+        for name, column in zip(FIGURES, replicates.T)
+        if not why_no_interval(name, values[name], others)
     }
 
 
-def fewest_others(name):
-    """Returns how many trials of different speakers the interval of a figure needs."""
-    if name not in PRIORS:
-        return 1
-    prior = PRIORS[name]
-    return round(30 * (1 - prior) / prior)
+def why_no_interval(name, value, others):
+    """Returns why a figure of a list with `others` non-target trials has no interval, or ''.
 
-
-def interval_of(values, speakers):
-    """Returns [low, high], the interval of 95 % of replicates (R,); NaN is left out.
-
-    The percentiles are expanded, because replicates of few speakers vary too little (Hesterberg,
-    The American Statistician, 2015).
+    The cost of one false alarm may be at most 1/30, and at most 1/5 of the minDCF. Otherwise the
+    minDCF depends on so few false alarms that its interval would be too narrow.
     """
-    quantile = stdtrit(speakers - 1, 0.025) * math.sqrt(speakers / (speakers - 1))
-    tail = 100 * ndtr(quantile)
-    low, high = np.nanpercentile(values, [tail, 100 - tail])
+    if value == 0:
+        return 'it is 0, and a list without errors cannot tell how far from 0 it may be'
+    if name not in PRIORS:
+        return ''
+    prior = PRIORS[name]
+    fewest = round((1 - prior) / prior * max(30, 5 / value))
+    if others >= fewest:
+        return ''
+    return f'it needs at least {fewest:,} trials of different speakers, and there are {others:,}'
+
+
+def figure_interval(value, replicates, speakers, most):
+    """Returns [low, high], the interval of 95 % of an EER or a minDCF; NaN is left out.
+
+    replicates: (R,), of the figure; most: the largest value that it can have. An error rate varies
+    by a factor, so the interval is that of Student's t distribution for its logarithm.
+
+    A minimum over thresholds is too low, and in the replicates it is lower again by a similar
+    factor. That factor, value / mean of the replicates, corrects the centre.
+    """
+    mean = np.nanmean(replicates)
+    # The deviation of the logarithm of a log-normal variable, which holds for replicates of 0 too.
+    deviation = math.sqrt(math.log1p(np.nanvar(replicates) / mean**2))
+    factor = math.exp(expanded_quantile(speakers) * deviation)
+    centre = value**2 / mean
+    low = min(value, centre / factor)
+    high = max(value, min(most, centre * factor))
     return [float(low), float(high)]
+
+
+def difference_interval(replicates, speakers):
+    """Returns [low, high], the interval of 95 % of a difference of figures; NaN is left out.
+
+    replicates: (R,), of the difference; these are percentiles of them. They need no correction: the
+    two figures have a similar bias.
+    """
+    tail = 100 * ndtr(-expanded_quantile(speakers))
+    low, high = np.nanpercentile(replicates, [tail, 100 - tail])
+    return [float(low), float(high)]
+
+
+def expanded_quantile(speakers):
+    """Returns how many deviations of the replicates an interval of 95 % reaches to each side.
+
+    Few speakers need more, because their replicates vary too little (Hesterberg, The American
+    Statistician, 2015).
+    """
+    return -stdtrit(speakers - 1, 0.025) * math.sqrt(speakers / (speakers - 1))
 
 
 # Tables.

@@ -1,11 +1,14 @@
 """What the figures of a list are: EER and minDCF where scores are equal, few or out of scale."""
 
+import itertools
+import json
 import math
 
 import numpy as np
 import plain
 import pytest
 
+import tools
 from tools import operating_points
 
 
@@ -97,3 +100,27 @@ def test_thresholds_have_the_rates_of_their_figures():
         gaps.append(abs(missed - accepted))
     assert gaps[0] == pytest.approx(min(gaps), abs=1e-12)
     assert eer / 100 == pytest.approx(np.mean(scores[labels == 1] <= threshold), abs=gaps[0])
+
+
+@pytest.mark.parametrize('decimals', [0, 2, 8])
+def test_thresholds_are_finite_and_have_their_rates_on_float32_scores(decimals):
+    """As read back from results.json, which is JSON without Infinity or NaN."""
+    random = np.random.default_rng(decimals)
+    for count, centre in itertools.product((2, 3, 8, 200), (-9, -1, 0, 1, 3, 9)):
+        labels = random.permutation(np.arange(count) < max(1, count // 3)).astype(int)
+        scores = random.standard_normal(count) + centre * labels
+        scores = (scores.round(decimals) / 10).astype(np.float32)
+        text = json.dumps(operating_points(scores, labels), allow_nan=False)
+        for name, (value, threshold) in values_and_thresholds(json.loads(text)).items():
+            missed = np.mean(scores[labels == 1] <= threshold)
+            accepted = np.mean(scores[labels == 0] > threshold)
+            if name == 'EER':
+                assert min(missed, accepted) <= value / 100 + 1e-12
+                assert value / 100 <= max(missed, accepted) + 1e-12
+            else:
+                prior = tools.PRIORS[name]
+                assert missed + accepted * (1 - prior) / prior == pytest.approx(value, abs=1e-12)
+
+
+def values_and_thresholds(points):
+    return {name: (point['value'], point['threshold']) for name, point in points.items()}
