@@ -121,20 +121,6 @@ def test_the_option_is_part_of_the_run(tree, capsys, short_crops):
     assert stop.value.code == 2
 
 
-def test_a_run_of_a_version_without_the_option_had_no_codecs(tree, capsys, short_crops):
-    options = {**tree, 'C': 8, 'num_frames': 20, 'batch_size': 4, 'n_cpu': 0, 'device': 'cpu'}
-    trainECAPAModel.main(command_line(**options, max_epoch=1))
-    (path,) = Path(tree['save_path'], 'model').glob('*.state')
-    state = torch.load(path)
-    del state['identity']['codec']
-    torch.save(state, path)
-    with pytest.raises(SystemExit) as stop:
-        trainECAPAModel.main(command_line(**options, max_epoch=2, codec=0.3))
-    assert stop.value.code == 2
-    assert '(was 0.0)' in capsys.readouterr().err
-    trainECAPAModel.main(command_line(**options, max_epoch=2))
-
-
 def test_codecs_that_libsndfile_lacks_are_said_at_the_start(monkeypatch, capsys):
     unknown = Codec(8000, 'WAV', 'NO_SUCH_CODING')
     monkeypatch.setitem(dataLoader.TELEPHONE, 'gsm', unknown)
