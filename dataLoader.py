@@ -568,7 +568,15 @@ def parallel_map(function, items, n_cpu, **kwargs):
         n_cpu = 0  # read sooner than a process has started
     if n_cpu:
         function = functools.partial(share_result, function)
-    return Loader(items, n_cpu, batch_size=None, collate_fn=function, **kwargs)
+    # The items are sent one by one: where processes are spawned, each would get a copy of them all.
+    return Loader(Itself(), n_cpu, sampler=items, batch_size=None, collate_fn=function, **kwargs)
+
+
+class Itself(Dataset):
+    """A dataset in which the number of an item is the item."""
+
+    def __getitem__(self, item):
+        return item
 
 
 def usable_processes(n_cpu, tasks):
