@@ -1,30 +1,27 @@
-"""Compares experiments: tables of their figures, what the trials can tell apart, and pictures.
+"""Compares experiments: tables of their figures, differences with intervals, and pictures.
 
     python -m exps.compare exps/*/score.txt exps/*/results.json
 
-A path stands for its folder, whose score.txt (training) and results.json (--eval) are read. The
-published run is shown beside them. `--markdown` prints the tables for a paper or a README.
+Each path stands for its folder. The script reads score.txt (training) and results.json (--eval) in
+it, and shows the published run too. `--markdown` prints the tables for a paper or a README.
 
-Experiments that scored the same trials are compared in pairs: the difference of their figures from
-those of the first one named, or of --baseline, with an interval of 95 %, by the same replicates of
-the speakers on both sides (scoring.replicate_figures). If it holds 0, these trials cannot tell the
-two apart.
+Experiments that scored the same trials are compared in pairs: a table shows how their figures
+differ from those of the first experiment, or of --baseline, with an interval of 95 %. Both sides
+use the same replicates of the speakers (scoring.replicate_figures). If an interval holds 0, these
+trials cannot tell the two experiments apart.
 
     python -m exps.compare --seeds small=exps/small-1,exps/small-2,exps/small-3 exps/phone
 
-takes three folders for one experiment, `small`, that was run with three seeds. The mean, lowest and
-highest of its seeds are shown, and an interval that holds both sources of chance: a replicate draws
-one of the seeds, and speakers. So it is the interval of one run with any seed, which is wider than
-that of the mean of the seeds; but few seeds show less than their whole spread, three of them two
-thirds of its variance.
-
-If matplotlib is installed, training curves are drawn and, of the scores that --eval wrote, EERs
-with their intervals and DET curves, one picture a list, and the EERs of all lists in one picture.
+takes three folders as one experiment, `small`, that was run with three seeds. Its interval contains
+both sources of chance: a replicate draws one of the seeds, and speakers. So it is the interval of
+one run with any seed, which is wider than that of the mean. A few seeds show less than the whole
+spread: three of them show two thirds of its variance.
 """
 
 import argparse
 import os
-import sys
+import re
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -52,9 +49,12 @@ from exps.scoring import (
 )
 from tools import (
     FIGURES,
+    HARMLESS,
     BadInput,
     exit_on_bad_input,
+    note,
     operating_points,
+    read_bytes,
     read_scores,
     sha256,
 )
@@ -73,7 +73,7 @@ PUBLISHED_LISTS = {
 
 
 class Experiment(NamedTuple):
-    """A run's folder, the lines of its score.txt, and the entries of its results.json by list."""
+    """The folder of a run, the lines of its score.txt, and its results.json: {list: entry}."""
 
     folder: str
     epochs: list
@@ -81,9 +81,10 @@ class Experiment(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What an experiment scored: a list's path and entry in results.json, and its trials.
+    """The scores of an experiment on one list.
 
-    scores: {kind: (N,)}; names: [(enrolment, test)].
+    path, entry: the list's in results.json; labels: (N,); scores: {kind: (N,)}; names: [(enrolment,
+    test)].
     """
 
     path: str
@@ -94,9 +95,10 @@ class Run(NamedTuple):
 
 
 class ListKey(NamedTuple):
-    """What tells a list of trials from others.
+    """Identifies a list of trials in all experiments.
 
-    path: '' unless an experiment scored these trials several times, on other audio for example.
+    trials: what trials_of returns; path: '' unless one experiment scored these trials as several
+    lists, for example on other audio.
     """
 
     trials: str
@@ -104,11 +106,11 @@ class ListKey(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What an experiment, of one or several seeds, has for a list and a kind of scores.
+    """The scores of an experiment, with one or several seeds, of one list and kind.
 
-    figures: of each seed, {figure: {'value'}}; replicates: (replicates, 3) values of FIGURES, each
-    of one of the seeds, None if the speakers are not known; speakers: how many; scores, labels: of
-    the first seed.
+    figures: for each seed {figure: {'value'}}; replicates: (replicates, 3) values of FIGURES, each
+    from one of the seeds, None if the speakers are not known; speakers: how many; scores, labels:
+    (N,) of the first seed.
     """
 
     figures: list
@@ -133,41 +135,44 @@ class Sample(NamedTuple):
 
 
 def main(argv=None):
-    """Prints the tables and draws the pictures; exit status 2, with a reason, for other files."""
+    """Runs the script; exit status 2, with a message, for input that cannot be used."""
     parser = argparse.ArgumentParser(
         prog='python -m exps.compare', description='Compare experiments.'
     )
     add = parser.add_argument
-    add('scores', nargs='*', help='score.txt or results.json files of experiments, or folders')
+    add('scores', nargs='*', help='folders of experiments, or their score.txt or results.json')
     add(
         '--seeds',
         action='append',
         default=[],
         metavar='NAME=FOLDER,FOLDER...',
-        help='runs of one experiment with several seeds; may be given several times',
+        help='folders of one experiment that was run with several seeds; can be repeated',
     )
-    add('--baseline', help='experiment that the others are compared with (default: the first)')
-    add('--out', default='exps', help='folder of the pictures curves, eer, eer_LIST and det_LIST')
+    add('--baseline', help='experiment to compare the others with (default: the first)')
+    add('--out', default='exps', help='folder for the pictures')
     add('--markdown', action='store_true', help='print the tables as Markdown')
     add_speaker_option(add)
     args = parser.parse_args(argv)
     if not args.scores and not args.seeds:
-        parser.error('name experiments, or --seeds')
+        parser.error('give folders of experiments, or --seeds')
     with exit_on_bad_input():
         compare(args)
 
 
 def compare(args):
-    """Prints the tables and draws the pictures."""
+    """Reads the experiments, prints the tables and draws the pictures."""
+    # Read the experiments, and the scores of their lists.
     seeds = read_seeds(args.seeds)
     folders = [folder for members in seeds.values() for folder in members]
     experiments = read_experiments([*args.scores, *folders])
     groups = group_seeds(experiments, seeds)
+    note_other_options(seeds)
     baseline = find_baseline(args.baseline, experiments, groups)
     lists = sort_by_list({name: read_runs(each) for name, each in experiments.items()})
     names = name_lists(lists.values())
     samples = make_samples(lists, names, groups, args.speaker)
 
+    # Print the tables; the last two only if they have rows.
     print_table(training_rows(experiments), args.markdown)
     print()
     print_table(score_rows(experiments, lists, names, args.speaker), args.markdown)
@@ -194,7 +199,7 @@ def read_seeds(texts):
 
 
 def read_experiments(paths):
-    """Reads {name: Experiment} of files, or of folders; the published one is the last."""
+    """Reads experiments by their paths: {name: Experiment}, the published one last."""
     files = {}
     for path in paths:
         if not os.path.exists(path):
@@ -216,7 +221,7 @@ def read_experiments(paths):
 def place_of(path):
     """Returns the folder that a path stands for.
 
-    A score.txt of another name stands for itself, and is called as it is, without its ending.
+    A score.txt with another name stands for itself, without its ending.
     """
     place = os.path.abspath(path)
     if os.path.isdir(place):
@@ -225,36 +230,28 @@ def place_of(path):
     return folder if name in ('score.txt', 'results.json') else os.path.splitext(place)[0]
 
 
-def read_lists(folder):
-    """Reads a folder's results.json; a note says why there is none if it cannot be read."""
-    try:
-        return read_results(folder)
-    except BadInput as error:
-        print(f'note: {error}', file=sys.stderr)
-        return {}
-
-
 def name_places(places):
-    """Returns {name: place}: the last part of each path, or as many as tell it from the others."""
+    """Names places by their paths after the folders that all of them share: {name: place}."""
+    parts = [place.split(os.sep) for place in places]
+    shared = len(os.path.commonprefix([folders[:-1] for folders in parts]))
     names = {}
-    for place in places:
-        parts = place.split(os.sep)
-        for count in range(1, len(parts) + 1):
-            name = os.sep.join(parts[-count:])
-            alike = [other for other in places if ends_with(other, name)]
-            if len(alike) == 1 and name != PUBLISHED_NAME:
-                break
-        names[name] = place
+    for place, folders in zip(places, parts):
+        name = os.sep.join(folders[shared:])
+        names[place if name == PUBLISHED_NAME else name] = place
     return names
 
 
-def ends_with(path, name):
-    """Whether `name` is the last part, or parts, of a path."""
-    return path == name or path.endswith(os.sep + name)
+def read_lists(folder):
+    """Reads a folder's results.json; prints a note if it cannot be read, and returns {}."""
+    try:
+        return read_results(folder)
+    except BadInput as error:
+        note(error)
+        return {}
 
 
 def group_seeds(experiments, seeds):
-    """Returns {name: names of experiments}: a group for each of --seeds, the others alone."""
+    """Groups experiments: {name: names of its runs}, one for an experiment not in --seeds."""
     name_of = {experiment.folder: name for name, experiment in experiments.items()}
     groups = {}
     several = []
@@ -267,28 +264,53 @@ def group_seeds(experiments, seeds):
     if twice:
         raise BadInput(f'--seeds: {experiments[twice[0]].folder} is named twice')
 
-    alone = {name: [name] for name in experiments if name not in several}
-    published = alone.pop(PUBLISHED_NAME)
-    return {**alone, **groups, PUBLISHED_NAME: published}
+    single = {name: [name] for name in experiments if name not in several}
+    published = single.pop(PUBLISHED_NAME)
+    return {**single, **groups, PUBLISHED_NAME: published}
+
+
+def note_other_options(seeds):
+    """Prints a note if the runs of --seeds differ in more than --seed and harmless options."""
+    for name, folders in seeds.items():
+        options = [read_options(place_of(folder)) for folder in folders]
+        known = [own for own in options if own]  # an evaluation has no options.txt
+        names = sorted(set().union(*known))
+        differing = [option for option in names if len({own.get(option) for own in known}) > 1]
+        if differing:
+            note(f'--seeds {name}: the runs differ in other options too: {", ".join(differing)}')
+
+
+def read_options(folder):
+    """Reads options.txt without harmless options and --seed: {option: its line}."""
+    options = {}
+    text = read_bytes(os.path.join(folder, 'options.txt'), missing=b'').decode(errors='replace')
+    for line in text.splitlines():
+        match = re.match(r'--(\w+)', line)
+        if match and match[1] not in {'seed', *HARMLESS}:
+            options[match[0]] = line
+    return options
 
 
 def find_baseline(wanted, experiments, groups):
-    """Returns the name of the group that --baseline names, by name or folder; else the first."""
+    """Finds the group that --baseline means, by a name or a folder; returns its name.
+
+    Without --baseline it is the first. Raises BadInput if there is no such group.
+    """
     if wanted is None:
         return next(iter(groups))
     for name, members in groups.items():
         folders = [experiments[member].folder for member in members]
         if wanted in (name, *members) or place_of(wanted) in folders:
             return name
-    raise BadInput(f'--baseline {wanted}: is not one of the experiments ({", ".join(groups)})')
+    raise BadInput(f'--baseline {wanted}: not one of the experiments ({", ".join(groups)})')
 
 
 def read_runs(experiment):
-    """Reads what --eval wrote on each list of an experiment: [Run]."""
+    """Reads the scores that --eval wrote for each list of an experiment: [Run]."""
     runs = []
     for path, entry in experiment.lists.items():
         if 'sha256' not in entry:
-            continue  # the published experiment has only figures
+            continue  # of the published experiment there are only figures
         run = Run(path, entry, *read_list_scores(experiment.folder, path, entry))
         for kind, scores in run.scores.items():
             if scores.min() == scores.max():
@@ -298,49 +320,34 @@ def read_runs(experiment):
 
 
 def sort_by_list(runs):
-    """Sorts {experiment: [Run]} by trials: {experiment: {ListKey: Run}}.
-
-    If an experiment has several scores of the same trials, the paths of the lists tell them apart.
-    """
-    by_trials = {name: group_by_trials(each) for name, each in runs.items()}
-    several = set()
-    for found in by_trials.values():
-        several.update(trials for trials, alike in found.items() if len(alike) > 1)
-
+    """Sorts {experiment: [Run]} by trials: {experiment: {ListKey: Run}}."""
     lists = {}
-    for name, found in by_trials.items():
+    several = set()
+    for name, each in runs.items():
         lists[name] = {}
-        for trials, alike in found.items():
-            for run in alike:
-                key = ListKey(trials, os.path.abspath(run.path) if trials in several else '')
-                if key in lists[name]:
-                    note(f'{name}: {run.path} has two entries in results.json; the last one counts')
-                lists[name][key] = run
-    return lists
+        for run in each:
+            key = ListKey(trials_of(run), os.path.abspath(run.path))
+            if key in lists[name]:
+                note(f'{name}: {run.path} has two entries in results.json; the last one counts')
+            lists[name][key] = run
+        counts = Counter(key.trials for key in lists[name])
+        several.update(trials for trials, count in counts.items() if count > 1)
 
-
-def group_by_trials(runs):
-    """Groups runs: {what tells their trials from others: [Run]}, equal scores only once."""
-    groups = {}
-    for run in runs:
-        alike = groups.setdefault(trials_of(run), [])
-        if not any(same_scores(run, other) for other in alike):
-            alike.append(run)
-    return groups
-
-
-def same_scores(run, other):
-    """Whether two runs on the same trials have the same scores."""
-    if list(run.scores) != list(other.scores) or len(run.labels) != len(other.labels):
-        return False
-    pairs = zip(run.scores.values(), other.scores.values())
-    return all(np.allclose(np.sort(one), np.sort(two), atol=1e-5) for one, two in pairs)
+    # Other experiments may have the same trials in another file, so a path tells lists apart only
+    # if one experiment scored the same trials as several lists.
+    return {
+        name: {
+            key if key.trials in several else key._replace(path=''): run
+            for key, run in found.items()
+        }
+        for name, found in lists.items()
+    }
 
 
 def trials_of(run):
-    """Returns what tells the trials of a run from others: their files and labels, in any order."""
+    """Returns a text that identifies the trials of a run by files and labels, in any order."""
     if run.entry.get('options', {}).get('enrol_list'):
-        return run.entry['sha256']  # the utterances of models are not among the names
+        return run.entry['sha256']  # the names do not tell the utterances of a model
     targets = trial_set([name for name, label in zip(run.names, run.labels) if label])
     others = trial_set([name for name, label in zip(run.names, run.labels) if not label])
     text = repr([sorted(targets), sorted(others)])
@@ -348,7 +355,7 @@ def trials_of(run):
 
 
 def name_lists(lists):
-    """Returns {ListKey: a name that no other has}, from {ListKey: Run} of each experiment."""
+    """Names the lists of experiments ({ListKey: Run} of each): {ListKey: a different name}."""
     names = {}
     for runs in lists:
         for key, run in runs.items():
@@ -364,16 +371,16 @@ def name_lists(lists):
 
 
 def make_samples(lists, names, groups, speaker):
-    """Returns {(name of a list, kind): {experiment: Sample}} of what the groups scored.
+    """Collects the scores of the groups: {(name of a list, kind): {experiment: Sample}}.
 
-    An experiment of several seeds has the lists and kinds that all of them scored.
+    An experiment with several seeds has the lists and kinds that all of them scored.
     """
     samples = {}
     for number, (name, members) in enumerate(groups.items()):
         for key in dict.fromkeys(key for member in members for key in lists[member]):
             runs = [lists[member].get(key) for member in members]
             if None in runs:
-                note(f'{name}: {names[key]} is left out, as not all of its seeds were scored on it')
+                note(f'{name}: {names[key]} is left out: not all seeds were scored on it')
                 continue
             speakers, fault = number_speakers_of(runs, speaker)
             if fault:
@@ -386,7 +393,7 @@ def make_samples(lists, names, groups, speaker):
 
 
 def number_speakers_of(runs, speaker):
-    """Numbers the speakers of the trials of runs: ([int (N, 2)], ''), or (None, why it cannot)."""
+    """Numbers the speakers of the trials of runs: ([int (N, 2)], ''), or (None, why not)."""
     numbers = []
     for run in runs:
         rows = {file: row for row, file in enumerate({file for pair in run.names for file in pair})}
@@ -408,9 +415,9 @@ def pattern_of(entry, speaker):
 
 
 def sample_of(runs, kind, speakers, group):
-    """Returns the Sample of a kind of scores of runs, one for each seed, of the group of a number.
+    """Makes the Sample of a kind of scores from the runs of a group, one for each seed.
 
-    speakers: [int (N, 2)] of the runs, None if not known.
+    speakers: [int (N, 2)] of the runs, None if not known; group: the group's number.
     """
     labels = runs[0].labels
     scores = runs[0].scores[kind]
@@ -424,20 +431,15 @@ def sample_of(runs, kind, speakers, group):
         replicate_figures(run.scores[kind], run.labels, numbers, draws, f'how sure, {kind}')
         for run, numbers in zip(runs, speakers)
     ]
-    # Replicate r takes its figures from seed chosen[r]. The draws of speakers are the same in all
-    # groups, the draws of seeds are not: two recipes' first seeds have nothing in common.
+    # Replicate r takes its figures from seed chosen[r]. All groups have the same draws of speakers,
+    # but not of seeds: the first seeds of two recipes have nothing in common.
     chosen = np.random.default_rng([1, group]).integers(len(runs), size=len(draws))
     replicates = np.array([of_seeds[seed][r] for r, seed in enumerate(chosen)])
     return Sample(figures, replicates, count, scores, labels)
 
 
-def note(text):
-    """Prints a note, beside the tables on standard output."""
-    print(f'note: {text}', file=sys.stderr)
-
-
 def training_rows(experiments):
-    """Rows of cells: of each experiment its epochs, last and best EER, and mean of the last ten."""
+    """Returns rows of cells: epochs, last EER, best EER and mean of the last ten EERs."""
     rows = [['experiment', 'epochs', 'last EER', 'best EER', 'at epoch', 'mean of last 10']]
     for name, experiment in experiments.items():
         if experiment.epochs:
@@ -457,7 +459,7 @@ def training_rows(experiments):
 
 
 def score_rows(experiments, lists, names, speaker):
-    """Rows of cells: the figures of each list and kind of scores of each experiment."""
+    """Returns rows of cells: the figures of each experiment, list and kind of scores."""
     header = ['experiment', 'checkpoint', 'list', 'kind', 'trials', 'speakers']
     rows = [header + [*FIGURES, *CALIBRATED]]
     for name, experiment in experiments.items():
@@ -476,18 +478,21 @@ def score_rows(experiments, lists, names, speaker):
 
 
 def calibrated(experiment, runs, path, speaker):
-    """Returns {kind: {'Cllr', 'minCllr'}} of a list by its folder's calibration.json.
+    """Computes {kind: {'Cllr', 'minCllr'}} of a list with the calibration.json of its folder.
 
-    runs: {path: Run} of the experiment. Empty if the calibration is for other scores, or was fitted
-    on these trials.
+    runs: {path: Run} of the experiment. Empty if there is no calibration for these scores, or if it
+    was fitted on these trials.
     """
+    # Find the calibration, and whether it is for these scores.
     run = runs.get(path)
     calibration = read_calibration(experiment.folder) if run else None
-    if not calibration or calibration['kind'] not in run.scores:
+    if not calibration:
         return {}
     options = argparse.Namespace(**run.entry.get('options', {}))
     if why_not_for(calibration, run.entry['checkpoint'], run.scores, options):
         return {}
+
+    # Look at the trials that it was fitted on.
     if calibration['list']['sha256'] == run.entry['sha256']:
         return {}
     fitted = runs.get(calibration['list']['path'])
@@ -497,6 +502,7 @@ def calibrated(experiment, runs, path, speaker):
         overlap = note_overlap(run.names, fitted.names, pattern_of(run.entry, speaker))
         if overlap:
             note(f'{experiment.folder}: the Cllr of {path} is too good: {overlap}')
+
     kind = calibration['kind']
     ratios = calibration['weight'] * run.scores[kind] + calibration['bias']
     figures = calibration_figures(ratios, run.labels)
@@ -504,13 +510,13 @@ def calibrated(experiment, runs, path, speaker):
 
 
 def without_empty_columns(rows):
-    """Rows of cells without the columns in which all but the header is '-'."""
+    """Removes columns that have only '-' below the header from rows of cells."""
     columns = [column for column in zip(*rows) if set(column[1:]) != {'-'}]
     return [list(row) for row in zip(*columns)]
 
 
 def seed_rows(groups, samples):
-    """Rows of cells on experiments of several seeds: mean, lowest and highest, interval of both."""
+    """Returns rows of cells for experiments with several seeds: mean, range and interval."""
     rows = [['experiment', 'list', 'kind', 'figure', 'mean', 'seeds', 'seeds and speakers']]
     for (path, kind), by_name in samples.items():
         for name, sample in by_name.items():
@@ -529,7 +535,7 @@ def seed_rows(groups, samples):
 
 
 def difference_rows(samples, baseline):
-    """Rows of cells: differences from the baseline of the others that scored the same trials."""
+    """Returns rows of cells: how others that scored the same trials differ from the baseline."""
     rows = [['experiment', 'minus', 'list', 'kind', *FIGURES]]
     for (path, kind), by_name in samples.items():
         for name, sample in by_name.items():
@@ -540,7 +546,7 @@ def difference_rows(samples, baseline):
 
 
 def differences(sample, baseline):
-    """Returns cells of the differences of a sample's FIGURES from a baseline's, with intervals."""
+    """Returns cells: the differences of FIGURES from a baseline, with intervals of 95 %."""
     intervals = difference_intervals(sample, baseline)
     values = sample.values()
     baseline_values = baseline.values()
@@ -567,24 +573,24 @@ def difference_intervals(sample, baseline):
 
 
 def note_uncompared(lists, names, groups, baseline):
-    """Says which lists of the other experiments have trials that the baseline did not score."""
+    """Prints a note for each list of other experiments whose trials the baseline did not score."""
     known = lists[groups[baseline][0]]
     for name, members in groups.items():
         for key, run in lists[members[0]].items():
             if key not in known:
                 note(
-                    f'{name}, {names[key]}: not compared, as {baseline} did not score these '
+                    f'{name}, {names[key]}: not compared: {baseline} did not score these '
                     f'{len(run.labels):,} trials ({run.path})'
                 )
 
 
 def figure_text(value, figure, sign=''):
-    """The text of a figure's value or, with sign '+', of a difference."""
+    """Formats the value of a figure or, with sign '+', a difference."""
     return f'{value:{sign}.2f}' if figure == 'EER' else f'{value:{sign}.4f}'
 
 
 def interval_text(interval, figure, sign=''):
-    """The text of [low, high], '-' for None."""
+    """Formats [low, high]; '-' for None."""
     if interval is None:
         return '-'
     low, high = interval
@@ -592,12 +598,12 @@ def interval_text(interval, figure, sign=''):
 
 
 def stem(path):
-    """The last part of a path, without its ending."""
+    """Returns the last part of a path, without its ending."""
     return os.path.splitext(os.path.basename(path))[0]
 
 
 def print_table(rows, markdown):
-    """Prints rows of cells, the first of them the header, aligned or as Markdown."""
+    """Prints rows of cells, header first, as aligned text or as Markdown."""
     if not markdown:
         print(table(rows))
         return
@@ -606,34 +612,13 @@ def print_table(rows, markdown):
 
 
 def draw_all(experiments, samples, folder):
-    """Draws training curves, EERs with intervals and DET curves, where matplotlib is installed."""
+    """Draws the pictures if matplotlib is installed."""
     try:
         from exps import draw
     except ModuleNotFoundError as error:
         print(f'not drawn: {error.name} is not installed')
         return
-    curves = {name: each.epochs for name, each in experiments.items() if each.epochs}
-    draw.draw_curves(os.path.join(folder, 'curves.png'), curves)
-    verification = {}
-    by_experiment = {}
-    by_list = {}
-    for (path, kind), by_name in samples.items():
-        for name, sample in by_name.items():
-            label = f'{name}, {kind}'
-            curve = label if len(sample.figures) == 1 else f'{label}, the first'
-            verification.setdefault(path, {})[curve] = sample.scores, sample.labels
-            if sample.replicates is not None:
-                eer = sample.values()['EER']
-                # An EER of 0 has no interval.
-                bar = eer, sample.intervals().get('EER', [eer, eer])
-                by_experiment.setdefault(path, {})[label] = {path: bar}
-                by_list.setdefault(path, {})[label] = bar
-    for path, curves_of_list in verification.items():
-        draw.draw_det(os.path.join(folder, f'det_{path}.png'), curves_of_list)
-    for path, rows in by_experiment.items():
-        draw.draw_intervals(os.path.join(folder, f'eer_{path}.png'), rows)
-    if len(by_list) > 1:
-        draw.draw_intervals(os.path.join(folder, 'eer.png'), by_list)
+    draw.draw_all(experiments, samples, folder)
 
 
 if __name__ == '__main__':

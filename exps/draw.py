@@ -12,6 +12,37 @@ from tools import error_curve, operating_points, write_whole
 matplotlib.use('agg')
 
 
+def draw_all(experiments, samples, folder):
+    """Draws all pictures of exps.compare into a folder.
+
+    experiments: {name: Experiment}; samples: {(name of a list, kind): {experiment: Sample}}.
+    """
+    curves = {name: each.epochs for name, each in experiments.items() if each.epochs}
+    draw_curves(os.path.join(folder, 'curves.png'), curves)
+
+    # Sort by list: scores for DET curves, and EERs with their intervals.
+    scores_of = {}
+    eers_of = {}
+    for (path, kind), by_name in samples.items():
+        for name, sample in by_name.items():
+            label = f'{name}, {kind}'
+            curve = label if len(sample.figures) == 1 else f'{label}, the first'
+            scores_of.setdefault(path, {})[curve] = sample.scores, sample.labels
+            if sample.replicates is not None:
+                eer = sample.values()['EER']
+                # An EER of 0 has no interval.
+                interval = sample.intervals().get('EER', [eer, eer])
+                eers_of.setdefault(path, {})[label] = eer, interval
+
+    for path, curves in scores_of.items():
+        draw_det(os.path.join(folder, f'det_{path}.png'), curves)
+    for path, bars in eers_of.items():
+        rows = {label: {path: bar} for label, bar in bars.items()}
+        draw_intervals(os.path.join(folder, f'eer_{path}.png'), rows)
+    if len(eers_of) > 1:
+        draw_intervals(os.path.join(folder, 'eer.png'), eers_of)
+
+
 def draw_curves(path, curves):
     """Draws loss, accuracy and EER over epochs to a PNG.
 

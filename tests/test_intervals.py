@@ -626,10 +626,30 @@ def test_experiments_of_one_name_are_kept_apart(tmp_path, monkeypatch):
     places = ('p/x', 'q/x', 'x', 'published', 'y')
     paths = [experiment_of(Path(place), {'a.txt': np.arange(15)}) for place in places]
     experiments = compare.read_experiments(paths)
-    names = ['p/x', 'q/x', f'{tmp_path.name}/x', f'{tmp_path.name}/published', 'y', 'published']
-    assert list(experiments) == names
     folders = [str(tmp_path / place) for place in places]
+    assert list(experiments) == ['p/x', 'q/x', 'x', folders[3], 'y', 'published']
     assert [each.folder for each in experiments.values()] == [*folders, '']
+
+
+def test_seeds_with_other_options_are_noted(tmp_path, monkeypatch, capsys, no_pictures):
+    """But not options that leave the numbers as they are, such as --n_cpu and --save_path."""
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(('one', 'two', 'three')):
+        experiment_of(Path(name), {'a.txt': np.arange(15)})
+        lines = ['# command x', f'--seed={number}', f'--n_cpu={number}', f'--save_path={name}']
+        lines += ['--m=0.2', '--margin_epochs 0.0 1.0']
+        Path(name, 'options.txt').write_text('\n'.join(lines) + '\n')
+    compare.main(['--seeds', 'x=one,two,three'])
+    assert 'options' not in capsys.readouterr().err
+
+    with Path('two/options.txt').open('a') as file:
+        file.write('--lr=0.002\n')
+    text = Path('three/options.txt').read_text()
+    Path('three/options.txt').write_text(text.replace('0.0 1.0', '0.0 9.0'))
+    compare.main(['--seeds', 'x=one,two,three'])
+    message = capsys.readouterr().err
+    assert '--seeds x' in message and '--lr, --margin_epochs' in message
+    assert '--n_cpu' not in message
 
 
 @pytest.mark.parametrize(
