@@ -34,10 +34,10 @@ class PreEmphasis(nn.Module):
 
 
 class FbankAug(nn.Module):
-    """SpecAugment (Park et al., Interspeech 2019): of each utterance one stretch an axis becomes 0.
+    """SpecAugment (Park et al., Interspeech 2019), without time warping.
 
-    There is no time warping. Widths are drawn from [first, second) of the two ranges, in mel bands
-    and in frames.
+    Zeroes one range of mel bands and one range of frames in each utterance. Widths are drawn from
+    [first, second) of the two ranges, in mel bands and in frames.
     """
 
     def __init__(self, freq_mask_width=(0, 8), time_mask_width=(0, 10)):
@@ -46,7 +46,7 @@ class FbankAug(nn.Module):
         self.time_mask_width = time_mask_width
 
     def mask_along_axis(self, x, dim):
-        """x: (B, bands, frames); dim: 1 masks bands, 2 frames. Returns a masked copy."""
+        """Returns x (B, bands, frames) with a range of bands (dim 1) or frames (dim 2) set to 0."""
         size = x.shape[dim]
         narrowest, widest = self.freq_mask_width if dim == 1 else self.time_mask_width
         width = torch.randint(narrowest, widest, (len(x), 1), device=x.device)
@@ -56,8 +56,9 @@ class FbankAug(nn.Module):
         start = (torch.rand(len(x), 1, device=x.device) * starts).long()
 
         position = torch.arange(size, device=x.device)
-        mask = (start <= position) & (position < start + width)
-        return x.masked_fill(mask.unsqueeze(3 - dim), 0.0)
+        mask = (start <= position) & (position < start + width)  # (B, size)
+        mask = mask.unsqueeze(2) if dim == 1 else mask.unsqueeze(1)
+        return x.masked_fill(mask, 0.0)
 
     def forward(self, x):
         x = self.mask_along_axis(x, dim=2)
@@ -67,8 +68,8 @@ class FbankAug(nn.Module):
 class Bottle2neck(nn.Module):
     """SE-Res2 block (paper, section 3.1): (B, inplanes, T) -> (B, planes, T), added to its input.
 
-    The channels are cut into `scale` groups: all but the last go through a chain of dilated
-    convolutions, each fed its own group plus the output of the one before.
+    The channels are cut into `scale` groups. All but the last go through a chain of dilated
+    convolutions, each of which gets its own group plus the output of the convolution before it.
     """
 
     def __init__(self, inplanes, planes, kernel_size=None, dilation=None, scale=8):
@@ -95,8 +96,8 @@ class Bottle2neck(nn.Module):
 
         outputs = []
         for group, conv, bn in zip(groups, self.convs, self.bns):
-            # A copy of the first group: for the backward pass a convolution keeps its input, and of
-            # a view the whole tensor.
+            # Copy the first group: autograd keeps the convolution's input, and a view would keep
+            # the whole tensor alive.
             chained = group + outputs[-1] if outputs else group.contiguous()
             if mask is not None:
                 chained = chained * mask
@@ -108,7 +109,7 @@ class Bottle2neck(nn.Module):
 
 
 class SEModule(nn.Module):
-    """Squeeze-excitation: scales channels of (B, channels, T) by gates made of all their means."""
+    """Squeeze-excitation: scales each channel by a gate that depends on the means of all."""
 
     def __init__(self, channels, bottleneck=128):
         super().__init__()
@@ -121,10 +122,11 @@ class SEModule(nn.Module):
         )
 
     def forward(self, input, mask=None):
+        """Scales (B, channels, T); mask: as in Bottle2neck."""
         return input * self.gate(input, mask)
 
     def gate(self, input, mask=None):
-        """The factors (B, channels, 1) of forward."""
+        """Returns the factors (B, channels, 1) of forward."""
         means = mean_over_time(input, mask)  # (B, channels)
         return self.se(means.unsqueeze(2))
 
@@ -214,7 +216,7 @@ class ECAPA_TDNN(Encoder):
         return len(first)
 
     def encode(self, x, frames=None):
-        """Embeddings (B, 192) of features (B, 80, T).
+        """Returns embeddings (B, 192) of features (B, 80, T).
 
         frames: (B,) lengths of utterances that are padded with zeros to T frames. Padding is kept
         out of every mean and zeroed again before every convolution that looks at neighbours, so
@@ -240,25 +242,17 @@ class ECAPA_TDNN(Encoder):
 
         x: (B, 1536, T). Returns the weighted means and standard deviations, float32 (B, 3072).
         """
+        # Statistics over time.
         values = x.float()
-        centre = mean_over_time(values, mask)  # (B, 1536)
-        if mask is None:
-            centre = centre.detach()
-            rest, mean_square = Moments.apply(values - centre.unsqueeze(2))  # (B, 1536) each
-            mean = centre + rest
-            variance = (mean_square - rest * rest) * (x.shape[2] / (x.shape[2] - 1))
-        else:
-            mean = centre
-            count = mask.sum(dim=2)
-            square = (values - mean.unsqueeze(2)) ** 2
-            variance = mean_over_time(square, mask) * count / (count - 1)
+        mean, variance = mean_and_variance(values, mask)  # (B, 1536) each
 
-        # The 1x1 convolution over [x, mean, std] as one over x plus one vector an utterance, as
-        # mean and std are the same in every frame.
+        # Context: mean and std are the same in every frame. So the 1x1 convolution over
+        # [x, mean, std] is one over x plus one vector for each utterance.
         first = self.attention[0]
         context = torch.cat((mean, variance.clamp(min=1e-4).sqrt()), dim=1)  # (B, 3072)
         context = F.linear(context, first.weight[:, 1536:, 0], first.bias)  # (B, 256)
 
+        # Attention.
         logits = F.conv1d(x, first.weight[:, :1536]) + context.unsqueeze(2)  # (B, 256, T)
         for layer in self.attention[1:]:
             logits = layer(logits)  # (B, 1536, T) after the last
@@ -266,6 +260,7 @@ class ECAPA_TDNN(Encoder):
         if mask is not None:
             logits = logits.masked_fill(mask == 0, -torch.inf)
 
+        # Weighted statistics.
         weighted_mean, weighted_square = Moments.apply(values, logits)  # (B, 1536) each
         weighted_variance = weighted_square - weighted_mean * weighted_mean
         return torch.cat((weighted_mean, weighted_variance.clamp(min=1e-4).sqrt()), dim=1)
@@ -294,7 +289,7 @@ def encoder_of(state):
     return found
 
 
-# Machinery: means whose gradients are written by hand; batch norm over several processes.
+# Machinery: padding; means whose gradients are written by hand; batch norm over processes.
 
 
 def mask_of(frames, x):
@@ -320,18 +315,37 @@ def extend(x, step):
 
 
 def mean_over_time(x, mask=None):
-    """Means (B, channels) of x (B, channels, T), over the frames where mask (B, 1, T) is 1."""
+    """Returns means (B, channels) of (B, channels, T), over frames in which mask (B, 1, T) is 1."""
     if mask is not None:
         return (x * mask).sum(dim=2) / mask.sum(dim=2)
     # Tensor.mean would write out a gradient of x's size whose columns are all the same.
     return x.sum(dim=2) / x.shape[2]
 
 
+def mean_and_variance(x, mask=None):
+    """Returns mean and unbiased variance (B, channels) of x (B, channels, T) over time.
+
+    mask: as in mean_over_time.
+    """
+    centre = mean_over_time(x, mask)
+    if mask is not None:
+        count = mask.sum(dim=2)
+        square = (x - centre.unsqueeze(2)) ** 2
+        return centre, mean_over_time(square, mask) * count / (count - 1)
+
+    # In training. Subtract a constant near the mean first: E[x²] - E[x]² loses its digits if the
+    # mean is large.
+    centre = centre.detach()
+    offset, mean_square = Moments.apply(x - centre.unsqueeze(2))
+    variance = (mean_square - offset * offset) * (x.shape[2] / (x.shape[2] - 1))
+    return centre + offset, variance
+
+
 class Moments(torch.autograd.Function):
     """Means (B, channels) over time of x (B, channels, T) and of its square.
 
-    They are weighted by the softmax of logits, of x's shape, if there are any. The backward pass
-    keeps and reads fewer tensors of x's size than autograd's would.
+    With logits, of x's shape, the means are weighted by the softmax of these. The backward pass
+    keeps and reads fewer tensors of x's size than that of autograd.
     """
 
     @staticmethod
@@ -341,22 +355,22 @@ class Moments(torch.autograd.Function):
         mean = product.sum(dim=2)
         mean_square = product.mul_(x).sum(dim=2)
         ctx.save_for_backward(x, weights, mean, mean_square)
+        ctx.weighted = logits is not None
         return mean, mean_square
 
     @staticmethod
     def backward(ctx, grad_mean, grad_square):
         x, weights, mean, mean_square = ctx.saved_tensors
-        level = (grad_mean * mean + grad_square * mean_square).unsqueeze(2)
+        weighted_sum = (grad_mean * mean + grad_square * mean_square).unsqueeze(2)
         grad_mean = grad_mean.unsqueeze(2)
         grad_square = grad_square.unsqueeze(2)
-        if len(ctx.needs_input_grad) == 1:
-            return torch.addcmul(grad_mean * weights, x, 2 * grad_square * weights)
 
-        # A weight's gradient is x * slope; that of its logit is the weight times what x * slope is
-        # above its weighted mean.
-        slope = torch.addcmul(grad_mean, x, grad_square)
+        # dL/dx = w (g1 + 2 g2 x); dL/dlogit = w (s - sum(w s)) with s = g1 x + g2 x².
+        if not ctx.weighted:
+            return torch.addcmul(grad_mean * weights, x, 2 * grad_square * weights)
+        slope = torch.addcmul(grad_mean, x, grad_square)  # s / x
         grad_x = torch.addcmul(slope, x, grad_square).mul_(weights)
-        grad_logits = slope.mul_(x).sub_(level).mul_(weights)
+        grad_logits = slope.mul_(x).sub_(weighted_sum).mul_(weights)
         return grad_x, grad_logits
 
 
