@@ -11,6 +11,7 @@ import functools
 import io
 import itertools
 import math
+import mmap
 import multiprocessing
 import multiprocessing.util
 import os
@@ -88,6 +89,7 @@ AUDIO -= {'.raw'}
 CONVERT = 'ffmpeg -i IN -ar 16000 -ac 1 OUT.wav converts it'
 # Folders that systems make beside people's own, apart from hidden ones.
 LEFT_BEHIND = ('__MACOSX', '@eaDir', '$RECYCLE.BIN', 'System Volume Information', 'lost+found')
+FLAC_BEGIN = re.compile(rb'fLaC[\x00\x80]\x00\x00\x22')  # the mark, the header of STREAMINFO
 # In libsndfile's log, the bytes of audio; W64 and RF64 have those of the whole file there.
 CUT_SHORT = re.compile(
     r'^ *(?:data|SSND|BODY|riff|Riff size|Data Size|Data length) *:? *(\d+) \(?should be (\d+)',
@@ -730,6 +732,9 @@ class AudioFile(soundfile.SoundFile):
                 break
             self.count += len(block)
             yield to_float(block)
+        if self.format == 'FLAC':
+            # Here and not in open_audio: to look for them takes the whole file, a crop a part.
+            refuse_streams(self.path, count_flac_streams(self.path))
 
     def missing(self):
         """Returns why the frames that blocks() yielded are not the whole recording, or ''."""
@@ -814,25 +819,32 @@ def prepare_source(path, file):
     """Looks at the beginning of an open file, and at the pages of an Ogg file.
 
     Returns (what libsndfile should open, what is missing or ''). That is the path or, if the header
-    was never finished, a Corrected file. Raises BadInput for several Ogg streams one after another,
-    of which libsndfile reads the first.
+    was never finished, a Corrected file. Raises BadInput for several streams, one after another, of
+    Ogg or of MP3 with a known length. Those of FLAC are found when the file is read.
     """
     head = file.read(12)
     if head.startswith(b'OggS'):
         streams, is_cut = scan_ogg(file)
-        if streams > 1:
-            raise BadInput(
-                f'{path}: holds {streams} Ogg streams one after another, of which only the first '
-                f'would be read; {CONVERT}'
-            )
+        refuse_streams(path, streams)
         return os.fsencode(path), 'its last page is incomplete' if is_cut else ''
-    if head.startswith((b'RIFF', b'RF64', b'caff')):
+    if head.startswith((b'RIFF', b'RF64', b'caff', b'.snd')):
         changes = unfinished_header(file, head)
         if changes:
             return Corrected(path, changes), ''
-    if is_mp3_without_length(file, head):
+    has_length, streams = scan_mp3(file, head)
+    refuse_streams(path, streams)
+    if not has_length:
         return Corrected(path, {}, endless=True), ''
     return os.fsencode(path), ''
+
+
+def refuse_streams(path, streams):
+    """Raises BadInput if a file holds several streams, of which libsndfile reads the first."""
+    if streams > 1:
+        raise BadInput(
+            f'{path}: holds several recordings one after another, of which only the first would be '
+            f'read; {CONVERT}'
+        )
 
 
 class Corrected(io.FileIO):
@@ -870,11 +882,13 @@ class Corrected(io.FileIO):
 
 
 def unfinished_header(file, head):
-    """Returns {place: byte} that complete the header of a wav, RF64 or CAF from a pipe; or {}.
+    """Returns {place: byte} that complete a header of wav, RF64, CAF or AU from a pipe; or {}.
 
     Their programs could not go back and write the length, or were stopped before.
     """
     size = os.fstat(file.fileno()).st_size
+    if head.startswith(b'.snd'):
+        return byte_changes(8, b'\xff\xff\xff\xff') if head[8:12] == bytes(4) else {}
     if head.startswith(b'RF64'):
         file.seek(28)  # of the data, in the chunk ds64
         if file.read(8) == bytes(8):
@@ -914,8 +928,11 @@ def byte_changes(place, content):
     return {place + number: content[number : number + 1] for number in range(len(content))}
 
 
-def is_mp3_without_length(file, head):
-    """Returns whether a file is an MP3 whose first frame does not announce its length."""
+def scan_mp3(file, head):
+    """Looks at the first frame of an MP3, which may announce the length of its stream.
+
+    Returns (False if the length is unknown, how many streams there are if it is known).
+    """
     place = 0
     if head.startswith(b'ID3') and len(head) >= 10:
         # The size of an ID3 tag has seven bits in a byte.
@@ -924,8 +941,23 @@ def is_mp3_without_length(file, head):
             place += byte << 7 * number
     file.seek(place)
     frame = file.read(200)
-    is_layer_3 = len(frame) > 4 and frame[0] == 0xFF and frame[1] & 0xE6 == 0xE2
-    return is_layer_3 and b'Xing' not in frame and b'Info' not in frame
+    if not is_mp3_frame(frame):
+        return True, 1
+
+    header = max(frame.find(b'Xing'), frame.find(b'Info'))
+    if header < 0:
+        return False, 1
+    flags, _, length = struct.unpack('>III', frame[header + 4 : header + 16])
+    if flags & 3 != 3:
+        return True, 1  # the length in bytes, which follows that in frames, is not there
+    file.seek(place + length)
+    after = file.read(4)
+    return True, 2 if after.startswith(b'ID3') or is_mp3_frame(after) else 1
+
+
+def is_mp3_frame(content):
+    """Returns whether bytes begin as a frame of an MP3 does."""
+    return len(content) >= 4 and content[0] == 0xFF and content[1] & 0xE6 == 0xE2
 
 
 def scan_ogg(file):
@@ -953,13 +985,23 @@ def scan_ogg(file):
     return streams, place > size
 
 
+def count_flac_streams(path):
+    """Returns how many FLAC streams are in a file, by the bytes with which each begins."""
+    with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return len(FLAC_BEGIN.findall(content))
+
+
 def cut_by_header(log):
     """Returns what libsndfile's log of opening a file says about missing data, or ''."""
     for announced, there in CUT_SHORT.findall(log):
-        # Programs that write to a pipe announce a length as large as this.
-        if int(there) < int(announced) < 2**31 - 2**16:
+        if int(there) < int(announced) and not is_placeholder(int(announced)):
             return f'{announced} bytes of audio are announced, {there} are there'
     return ''
+
+
+def is_placeholder(length):
+    """Returns whether a length in bytes is one that programs announce which write to a pipe."""
+    return length >= 2**62 or any(abs(length - limit) <= 2**16 for limit in (2**31, 2**32))
 
 
 def read_audio(path, shortest=1, silent_ok=False):
@@ -1743,11 +1785,13 @@ def field_fault(fields, count=2):
 
 
 def read_list(path, role):
-    """Bytes of a text list. Raises BadInput if it cannot be read or has a byte order mark."""
+    """Bytes of a text list. Raises BadInput if it cannot be read or is not text in UTF-8."""
     require(os.path.isfile, path, role)
     content = read_bytes(path)
     if content.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise BadInput(f'{role}: {path}: begins with a byte order mark; save it as UTF-8 without')
+    if b'\0' in content:
+        raise BadInput(f'{role}: {path}: is not a text file')
     return content
 
 

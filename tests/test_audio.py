@@ -140,6 +140,11 @@ def stream_au(content):
     return content[:8] + b'\xff' * 4 + content[12:]
 
 
+def unfinished_au(content):
+    """An AU whose size was never filled in."""
+    return content[:8] + bytes(4) + content[12:]
+
+
 STREAMS = {
     'FLAC PCM_16': stream_flac,
     'WAV PCM_16': lambda content: with_data_size(content, 2**32 - 1),
@@ -149,6 +154,7 @@ STREAMS = {
     'RF64 PCM_16': stream_rf64,
     'AIFF PCM_16': stream_aiff,
     'AU PCM_16': stream_au,
+    'AU FLOAT': unfinished_au,
 }
 
 
@@ -183,7 +189,10 @@ def without_xing(content):
     return content[second:]
 
 
-@pytest.mark.parametrize('tag', [b'', b'ID3\3\0\0\0\0\1\0' + bytes(128)])
+TAG = b'ID3\3\0\0\0\0\1\0' + bytes(128)  # of an MP3
+
+
+@pytest.mark.parametrize('tag', [b'', TAG])
 def test_an_mp3_of_unknown_length_is_read_to_its_end(tmp_path, tag):
     """Of variable rate: silence first, so that a guess from the first frames is far too long."""
     loud = np.random.default_rng(0).uniform(-0.5, 0.5, 20000)
@@ -201,12 +210,24 @@ def test_an_mp3_of_unknown_length_is_read_to_its_end(tmp_path, tag):
     np.testing.assert_array_equal(read_audio(path), read)
 
 
-def test_two_ogg_streams_in_one_file_are_refused_and_never_half_read(tmp_path):
-    one = encode('OGG VORBIS')
-    path = write(tmp_path / 'two.ogg', one + encode('OGG VORBIS', AUDIO[:20000]))
-    assert 'ffmpeg -i' in assert_refused_everywhere(path)
-    with pytest.raises(BadInput, match='two.ogg'):
-        read_any(path)
+@pytest.mark.parametrize(
+    'tag, kind',
+    [
+        (b'', 'OGG VORBIS'),
+        (b'', 'OGG OPUS'),
+        (b'', 'MP3 MPEG_LAYER_III'),
+        (TAG, 'MP3 MPEG_LAYER_III'),
+        (b'', 'FLAC PCM_16'),
+    ],
+)
+def test_two_streams_in_one_file_are_refused_and_never_half_read(tmp_path, tag, kind):
+    one = tag + encode(kind)
+    assert len(read_audio(write(tmp_path / 'one.wav', one))) == len(AUDIO)
+    path = write(tmp_path / 'two.wav', one + tag + encode(kind, AUDIO[:20000]))
+    for read in (read_audio, read_any):
+        with pytest.raises(BadInput, match='two.wav') as error:
+            read(path)
+        assert 'ffmpeg -i' in str(error.value)
 
 
 NOT_READ = {
@@ -269,6 +290,13 @@ def test_the_shortest_file_is_the_same_for_all(tmp_path, samples, usable):
         else:
             with pytest.raises(BadInput, match='257'):
                 read(path, 257)
+
+
+@pytest.mark.parametrize('size', [10**6, 2_500_000_000, 3_500_000_000])
+def test_a_wav_that_announces_more_than_there_is_was_cut_however_long_it_was(tmp_path, size):
+    content = with_data_size(encode('WAV PCM_16'), size)
+    path = write(tmp_path / 'cut.wav', content)
+    assert str(size) in assert_refused_everywhere(path)
 
 
 def test_a_header_that_announces_100_gigabytes_is_a_cut_file(tmp_path, capsys):
@@ -441,6 +469,14 @@ def test_embed_writes_what_works_and_names_the_rest(recordings, model, tmp_path,
         assert written['names'].tolist() == good
         alone = load_model(model, device='cpu').embed(good)
         np.testing.assert_allclose(written['embeddings'], alone, atol=1e-5)
+
+
+def test_a_recording_in_place_of_a_list_is_refused(recordings, model, tmp_path, capsys):
+    recording = str(recordings / '0.wav')
+    options = command_line(out=tmp_path / 'out.npz', initial_model=model, device='cpu', n_cpu=0)
+    _, message = refusal(capsys, embed.main, [recording, *options])
+    assert f'FILES: {recording}: ' in message
+    assert len(message.splitlines()) == 1
 
 
 def test_embed_writes_nothing_if_nothing_works(tmp_path, model, capsys):
