@@ -39,11 +39,11 @@ from tools import BadInput, first_process_first, in_range, process_count, proces
 
 
 def make_parser():
-    """The options; names and defaults are those of the published code, but for its paths."""
+    """Makes the parser; options have the names and defaults of the published code, except paths."""
     parser = argparse.ArgumentParser(
         description='Train and score ECAPA-TDNN speaker verification.',
-        epilog='@FILE reads options from a recipe; what follows it on the command line takes '
-        'precedence. Running the same command again continues an interrupted run.',
+        epilog='@FILE reads options from a recipe; options after it on the command line take '
+        'precedence. Run the same command again to continue an interrupted run.',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         fromfile_prefix_chars='@',
     )
@@ -52,14 +52,14 @@ def make_parser():
     # fmt: off
     group = parser.add_argument_group('command (without one of these: train)')
     add = group.add_mutually_exclusive_group().add_argument
-    add('--check', action='store_true', help='look at every file that training needs, and stop')
+    add('--check', action='store_true', help='check every file that training needs, and stop')
     add('--eval', action='store_true', help='score --initial_model on --eval_list')
 
     add = parser.add_argument_group('training').add_argument
     add('--max_epoch', type=in_range(int, 1), default=80, help='last epoch')
     add('--batch_size', type=in_range(int, 2), default=400, help='utterances in a step')
     add('--test_step', type=in_range(int, 1), default=1,
-        help='save, test and lower the learning rate every N epochs')
+        help='save, test and reduce the learning rate every N epochs')
     add('--optimizer', choices=('adam', 'sgd'), default='adam', help='sgd: Nesterov, momentum 0.9')
     add('--weight_decay', type=in_range(float, 0), default=2e-5, help='L2 penalty on all weights')
     add('--clip', type=in_range(float, 0), default=0.0,
@@ -69,7 +69,7 @@ def make_parser():
     add('--freeze_epochs', type=in_range(int, 0), default=0,
         help='train only the classifier in the first N epochs')
     add('--compile', action='store_true',
-        help='compile the encoder for training: minutes at the start, then faster')
+        help='compile the encoder for training: takes minutes at the start, then is faster')
 
     add = parser.add_argument_group('learning rate').add_argument
     add('--lr', type=in_range(float, 0), default=0.001,
@@ -80,7 +80,7 @@ def make_parser():
         help='step: multiply the learning rate by this every --test_step epochs')
     add('--min_lr', type=in_range(float, 0), default=0.0, help='cosine: learning rate at the end')
     add('--warmup', type=in_range(float, 0), default=0.0,
-        help='let the learning rate grow from 0 over the first N epochs')
+        help='increase the learning rate from 0 over the first N epochs')
 
     add = parser.add_argument_group('crops and augmentation').add_argument
     add('--num_frames', type=in_range(int, 1), default=200,
@@ -118,7 +118,7 @@ def make_parser():
     add('--keep', type=in_range(int, 0), default=0,
         help='how many of the newest checkpoints to keep (0: all)')
     add('--force', action='store_true',
-        help='continue a run although options that change its numbers differ')
+        help='continue a run even if options that change its numbers are different')
     # fmt: on
 
     add_scoring_options(parser)
@@ -126,17 +126,21 @@ def make_parser():
 
 
 def main(argv=None):
-    """Runs the command; exit status 2, with a sentence, for input that cannot be used."""
+    """Runs the command; exit status 2, with a message, for input that cannot be used."""
     args = None
     with lossy_log(), tools.exit_on_bad_input(lambda: resume_hint(args)):
+        # Read the options, and join the other processes.
         args = make_parser().parse_args(argv)
         args.command = tools.command_of('trainECAPAModel.py', argv)
         join_processes(args)
+
+        # Log what is run.
         facts = tools.provenance(args.command)
         versions = ', '.join(f'{name} {version}' for name, version in facts['versions'].items())
         say(f'command       {facts["command"]}')
         say(f'commit        {facts["commit"]}')
         say(f'versions      {versions}')
+
         if args.eval:
             evaluate(args)
         else:
@@ -150,15 +154,15 @@ class Run(NamedTuple):
 
     dataset: dataLoader.train_loader
     loader: torch.utils.data.DataLoader
-    trials: tuple  # what read_trial_lists returns: (paths, trial lists)
+    trials: tuple  # (paths, trial lists) from read_trial_lists
     system: ECAPAModel
     initial_weights: dict | None
-    identity: dict  # {option: value} of what changes the numbers
+    identity: dict  # {option: value} of the options that change the numbers
 
 
 def train(args):
-    """Trains from where --save_path stands to --max_epoch, testing every test_step epochs."""
-    # Read, check and build everything. This is all that --check does.
+    """Trains to --max_epoch from the last epoch in --save_path; tests every test_step epochs."""
+    # Read, check and build everything. --check does only this.
     run = prepare(args)
     print_plan(run, args)
     if args.check:
@@ -172,7 +176,7 @@ def train(args):
         done, scores = resume_or_begin(run, args)
         open_records(run, done, args)
         if done.loss is not None and done.epoch not in [score[0] for score in scores]:
-            # The run ended between saving this epoch and testing it.
+            # The run ended after it saved this epoch and before it tested it.
             score_epoch(run, done, scores, args)
 
         # Train an epoch, save it, score it.
@@ -213,8 +217,7 @@ def prepare(args):
 
 def train_epoch(run, epoch, args):
     """Trains an epoch; returns Done. Raises BadInput that names the batch if the loss diverges."""
-    # Seeding each epoch by its number makes a resumed epoch draw what an uninterrupted run would
-    # have drawn.
+    # Each epoch has its own seed, so a resumed epoch draws the same as in an uninterrupted run.
     seed = np.random.SeedSequence([args.seed, epoch, process_rank()]).generate_state(1)[0]
     torch.manual_seed(int(seed))
     run.loader.batch_sampler.epoch = epoch
@@ -228,12 +231,15 @@ def train_epoch(run, epoch, args):
 def score_epoch(run, done, scores, args):
     """Scores --eval_list after an epoch, and prints the figures.
 
-    Puts a line into `scores` and into score.txt; the lines of later epochs, which a run has that
-    lost its newest checkpoints, stay until their epochs are scored again.
+    Adds a line to `scores` and to score.txt. A run that lost its newest checkpoints has lines of
+    later epochs; they stay until these epochs are scored again.
     """
+    # Score.
     paths, trial_lists = run.trials
     results = run.system.score_lists(paths, trial_lists)
     eer = results[0]['raw'].figures['EER']['value']
+
+    # Record the EER of the first list.
     earlier = [score for score in scores if score[0] < done.epoch]
     later = [score for score in scores if score[0] > done.epoch]
     best = min([eer, *(score[4] for score in earlier)])
@@ -242,11 +248,12 @@ def score_epoch(run, done, scores, args):
     if process_rank() == 0:
         lines = [tools.SCORE_LINE % score for score in scores]
         tools.write_text(args.score_save_path, ''.join(lines))
+
     say(f'{now()} epoch {done.epoch}, EER {eer:2.2f}%, best EER {best:2.2f}%')
     say_figures(results, trial_lists)
 
 
-# Machinery: options; the plan; where a run stands; the log; processes.
+# Machinery: options; the plan; resuming; the log; processes.
 
 
 # Options.
@@ -261,7 +268,7 @@ def split_recipe_line(line):
 
 
 def write_options(args):
-    """Writes SAVE_PATH/options.txt: the options, to be read back by @, and what they ran with."""
+    """Writes SAVE_PATH/options.txt, which @ can read: the options, and the versions in comments."""
     facts = tools.provenance(args.command)
     lines = [f'# command {facts["command"]}', f'# commit {facts["commit"]}']
     lines += [f'# {name} {version}' for name, version in facts['versions'].items()]
@@ -281,7 +288,8 @@ def write_options(args):
 def build_system(args, speakers):
     """Builds the system for a training list of `speakers` speakers.
 
-    Returns (ECAPAModel, weights of --initial_model or None).
+    Returns (ECAPAModel, weights of --initial_model or None). Raises BadInput for options that
+    contradict each other, the list or --initial_model.
     """
     check_options(args, speakers)
 
@@ -316,9 +324,9 @@ def build_system(args, speakers):
 
 
 def check_description(system, args):
-    """Raises BadInput if the checkpoints of the system would be read as those of another one.
+    """Checks, before training, that checkpoints of the system will be readable.
 
-    This is checked before training, so that no trained checkpoint turns out to be unreadable.
+    Raises BadInput if they would be read as checkpoints of another encoder or loss.
     """
     found = describe(system.state_dict())
     if (found['encoder'], found['C']) != (args.encoder, system.C):
@@ -335,7 +343,7 @@ def check_description(system, args):
 
 
 def check_options(args, speakers):
-    """Raises BadInput for options that contradict each other, or a list of `speakers` speakers."""
+    """Raises BadInput if options contradict each other or a list of `speakers` speakers."""
     if args.n_class and args.n_class < speakers:
         raise BadInput(
             f'--n_class {args.n_class} is too small: {args.train_list} has {speakers} speakers; '
@@ -343,7 +351,7 @@ def check_options(args, speakers):
         )
     if args.keep_classifier and not args.initial_model:
         raise BadInput(
-            '--keep_classifier needs --initial_model, the checkpoint whose classifier goes on'
+            '--keep_classifier needs --initial_model, the checkpoint with the classifier'
         )
     if args.batch_size < 2 * args.accumulate * process_count():
         raise BadInput(
@@ -360,14 +368,14 @@ def check_options(args, speakers):
 
 
 def check_classifier(args, trained, speakers):
-    """Raises BadInput unless a classifier of `trained` classes can go on with `speakers`.
+    """Raises BadInput unless a classifier of `trained` classes can be used for `speakers`.
 
-    With --speed_perturb the first third are the speakers at their own speed, in the same order.
+    After --speed_perturb, the first third of its classes are the speakers at normal speed.
     """
     if trained not in (speakers, 3 * speakers):
         raise BadInput(
             f'--keep_classifier: {args.initial_model} was trained on {trained} speakers, '
-            f'{args.train_list} has {speakers}; they must be as many, or a third after '
+            f'{args.train_list} has {speakers}; the numbers must be equal, or a third after '
             '--speed_perturb'
         )
 
@@ -376,7 +384,8 @@ def check_classifier(args, trained, speakers):
 
 
 def print_plan(run, args):
-    """Prints what the run will do. Raises BadInput if the disk has no room for its results."""
+    """Prints the plan of the run. Raises BadInput if the disk has no space for its results."""
+    # Count.
     dataset = run.dataset
     system = run.system
     encoder = sum(parameter.numel() for parameter in system.speaker_encoder.parameters())
@@ -386,6 +395,8 @@ def print_plan(run, args):
     processes = f'{process_count()} processes on ' if process_count() > 1 else ''
     paths, trial_lists = run.trials
     count = sum(len(one.labels) for one in trial_lists)
+
+    # Print.
     say(
         f'device        {processes}{system.device}, {system.precision}, {args.n_cpu} loading '
         'processes\n'
@@ -407,16 +418,16 @@ def print_plan(run, args):
 
 
 def check_disk_space(args, size):
-    """Raises BadInput if --save_path has no room for a checkpoint of `size` bytes.
+    """Raises BadInput if --save_path has no space for a checkpoint of `size` bytes.
 
-    Warns if there is room for one, but not for all those of the run.
+    Prints a warning if it has space for one checkpoint, but not for all those of the run.
     """
     folder = tools.check_writable(args.save_path, '--save_path')
     models = args.keep
     if not models:
         saved = saved_models(f'{args.save_path}/model')
         models = max(0, args.max_epoch // args.test_step - len(saved))
-    # A .state is twice as large as a model; two are kept, and a third is there while it is written.
+    # A .state is twice as large as a model. Two of them are kept, and a third one is being written.
     least = size * (2 + 6)
     wanted = size * (models + 6)
     free = shutil.disk_usage(folder).free
@@ -430,19 +441,20 @@ def check_disk_space(args, size):
         )
 
 
-# Where a run stands.
+# Resuming.
 
 
 def run_identity(system, dataset, trials, args):
-    """Returns {option: value} of what changes the numbers of a run: all that is not harmless.
+    """Returns {option: value} of the options that change the numbers of a run.
 
-    Lists count by their contents, MUSAN and RIRs by their numbers of files.
+    These are all that are not in tools.HARMLESS. Lists are represented by their contents, MUSAN and
+    RIRs by their numbers of files.
     """
     identity = {name: value for name, value in vars(args).items() if name not in tools.HARMLESS}
     if args.schedule == 'step':
-        del identity['max_epoch']  # no rate depends on it, so a run may be made longer
+        del identity['max_epoch']  # the rate does not depend on it, so it may be changed
 
-    # What the options became.
+    # Replace options by the values that are used.
     identity['C'] = system.C
     identity['n_class'] = system.n_class
     identity['precision'] = system.precision
@@ -451,7 +463,7 @@ def run_identity(system, dataset, trials, args):
     if args.speed_perturb:
         identity['speed_perturb'] = 'drawn'
 
-    # What the lists and folders contain.
+    # Replace paths by the contents of lists and folders.
     identity['train_list'] = f'SHA-256 {dataset.list_sha256[:16]}'
     identity['eval_list'] = digests(trials[1])
     counts = [f'{len(files.paths)}/{files.pieces[-1]}' for files in dataset.noises.values()]
@@ -461,7 +473,7 @@ def run_identity(system, dataset, trials, args):
 
 
 def digests(trial_lists):
-    """Returns a text that tells trial lists from others by their content."""
+    """Returns a text that identifies trial lists by their contents."""
     return ' '.join(f'SHA-256 {trials.sha256[:16]}' for trials in trial_lists)
 
 
@@ -470,6 +482,7 @@ def resume_or_begin(run, args):
 
     Returns (Done, the lines of score.txt). Raises BadInput for a score.txt without checkpoints.
     """
+    # Resume, if there is a run.
     system = run.system
     folder = os.path.join(args.save_path, 'model')
     score_path = os.path.join(args.save_path, 'score.txt')
@@ -477,10 +490,12 @@ def resume_or_begin(run, args):
     done, changes = resume(system, folder, run.identity, args.force)
     if scores and not done:
         raise BadInput(
-            f'{score_path}: holds {len(scores)} scores of a run whose checkpoints are not in '
-            f'{folder}. Put one of them back; or choose another --save_path, or move score.txt '
-            'away, to begin again'
+            f'{score_path}: holds {len(scores)} scores of a run, but its checkpoints are not in '
+            f'{folder}. Put one of them back; or, to begin again, choose another --save_path or '
+            'move score.txt away'
         )
+
+    # Log where the run begins.
     if done:
         notes = [f'after epoch {done.epoch}, from {folder}']
         notes += [f'--force: {change}' for change in changes]
@@ -497,7 +512,7 @@ def resume_or_begin(run, args):
     say('start         ' + '\n  '.join(notes))
 
     if process_count() > 1:
-        # One seed need not give the same numbers on machines with other processors.
+        # With the same seed, machines with different processors may draw different numbers.
         for tensor in system.state_dict().values():
             dist.broadcast(tensor, 0)
     done = done or Done()
@@ -507,10 +522,10 @@ def resume_or_begin(run, args):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Keeps other runs out of a folder during the block, which the first process locks for all.
+    """Keeps other runs out of a folder during the block; the first process locks it for all.
 
-    Removes the text files that a killed run left half-written. Raises BadInput that names the
-    other process if another run holds run.lock.
+    Removes unfinished text files of a run that was killed. Raises BadInput that names the other
+    process if another run holds run.lock.
     """
     if process_rank() > 0:
         yield
@@ -538,7 +553,7 @@ def lock(file, folder):
         file.seek(0)
         other = file.read().strip() or 'just started'
         raise BadInput(
-            f'--save_path {folder}: another run is at work there, {other}; wait for it, stop it, '
+            f'--save_path {folder}: another run is writing there, {other}; wait for it, stop it, '
             'or choose another folder'
         ) from error
     except OSError as error:
@@ -548,12 +563,12 @@ def lock(file, folder):
 
 def open_records(run, done, args):
     """Prepares the files of --save_path: bad_audio.txt, options.txt and the checkpoints to keep."""
-    # Before the first batch: loading processes have the dataset as it was when they started.
+    # Before the first batch, because loading processes copy the dataset when they start.
     run.dataset.bad_audio = dataLoader.BadAudio(
         f'{args.save_path}/bad_audio.txt', args.max_bad, run.dataset.count_folders()
     )
     if process_rank() == 0:
-        # After resuming: a run whose options are refused must not remove anything.
+        # After resuming, because a run with refused options must not remove anything.
         prune(args.model_save_path, args.keep, done.epoch)
         run.dataset.bad_audio.sort(len(run.dataset))
         write_options(args)
@@ -593,7 +608,7 @@ class Log:
 
 @contextlib.contextmanager
 def lossy_log():
-    """Drops what cannot be printed in the block: no line of a log is worth a training."""
+    """Drops text that cannot be printed in the block; a log must not end a training."""
     tools.prepare_streams()
     out = Log(sys.stdout)
     err = Log(sys.stderr)
@@ -605,7 +620,7 @@ def lossy_log():
 
 
 def epoch_line(done, starts, max_epoch, share_idle, replaced):
-    """Returns the log line of an epoch: figures, minutes and, from the second on, the expected end.
+    """Returns the log line of an epoch: figures, minutes and, after two epochs, the expected end.
 
     starts: when each epoch of this process began; share_idle: share of the training's time in which
     the device waited for data; replaced: number of replaced utterances.
@@ -614,7 +629,7 @@ def epoch_line(done, starts, max_epoch, share_idle, replaced):
     line += f'ACC {done.accuracy:2.2f}%, {(time.time() - starts[-1]) / 60:.1f} min, '
     line += f'{100 * share_idle:.0f}% waiting for data'
     if len(starts) > 1 and done.epoch < max_epoch:
-        # Of whole epochs, tests included.
+        # From the times of whole epochs, including tests.
         seconds = (starts[-1] - starts[0]) / (len(starts) - 1)
         end = starts[-1] + seconds * (max_epoch - done.epoch + 1)
         line += f', ends about {time.strftime("%F %H:%M", time.localtime(end))}'
@@ -645,19 +660,19 @@ def save_bad_batch(error, loader, args):
     tools.write_whole(path, lambda file: torch.save(batch, file))
 
     lines = [
-        f'{error}. What was saved before is untouched. The batch is in {path}; its files:',
+        f'{error}. Earlier checkpoints are unchanged. The batch is in {path}; its files:',
         *files[:20],
     ]
     if len(files) > 20:
         lines.append(f'and {len(files) - 20} more')
-    lines.append('Look at these, or lower --lr, and run the same command again.')
+    lines.append('Check these files, or reduce --lr, and run the same command again.')
     return BadInput('\n'.join(lines))
 
 
 def resume_hint(args):
-    """Returns what to say of an interrupted training: from which epoch the same command continues.
+    """Returns the epoch after which the same command continues, for the message at an interrupt.
 
-    args: None before the options are read.
+    args: None before the options are read. Returns '' unless this is a training.
     """
     if args is None or args.eval or args.check:
         return ''
@@ -671,8 +686,8 @@ def resume_hint(args):
 def join_processes(args):
     """Joins the processes that torchrun started, each on its own GPU if there are GPUs.
 
-    Raises BadInput for a device, or a number of processes, that does not go with that; and if
-    something else than torchrun started several processes, each of which would train alone.
+    Raises BadInput for a --device or a number of processes that does not fit the GPUs, and if
+    another program than torchrun started several processes: each would train by itself.
     """
     if 'TORCHELASTIC_RUN_ID' not in os.environ:
         refuse_other_launchers()
@@ -692,7 +707,7 @@ def join_processes(args):
         store=tools.common_store,
         rank=rank,
         world_size=size,
-        # A process that hangs is noticed after this. What takes longer waits at the store.
+        # After this a process counts as hung. Longer work waits in first_process_first instead.
         timeout=datetime.timedelta(seconds=tools.TIMEOUT),
         device_id=gpu,
     )
@@ -702,14 +717,14 @@ def torchrun_store():
     """Returns (store of keys that all processes of torchrun see, rank, number of processes)."""
     timeout = datetime.timedelta(seconds=tools.TIMEOUT)
     store, rank, size = next(dist.rendezvous('env://', timeout=timeout))
-    # A store that belongs to torchrun stays after a restart: without a prefix, a process may find
-    # the address of a killed one.
+    # torchrun keeps its store after a restart. Without a prefix, a process could find the address
+    # of one that was killed.
     if os.environ['TORCHELASTIC_USE_AGENT_STORE'] == 'True':
         store = dist.PrefixStore(f'restart {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
     return store, rank, size
 
 
-# Variables that launchers set, and their largest value for a process that is alone.
+# Variables that launchers set, and their largest value for a single process.
 LAUNCHERS = {
     'RANK': 0,
     'WORLD_SIZE': 1,
@@ -720,14 +735,14 @@ LAUNCHERS = {
 
 
 def refuse_other_launchers():
-    """Raises BadInput if something else than torchrun started several processes."""
+    """Raises BadInput if another program than torchrun started several processes."""
     for name, largest in LAUNCHERS.items():
         value = os.environ.get(name, '')
         if value.isdecimal() and int(value) > largest:
             raise BadInput(
-                f'{name}={value} in the environment: several processes, which would train alone '
-                'each. Start them with torchrun (README.md, "Training"; under srun, one torchrun '
-                f'for each machine). If this is the only process: unset {name}'
+                f'{name}={value} in the environment: there are several processes, and each would '
+                'train by itself. Start them with torchrun (README.md, "Training"; under srun, one '
+                f'torchrun for each machine). If this is the only process: unset {name}'
             )
 
 

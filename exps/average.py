@@ -20,7 +20,7 @@ from tools import BadInput, exit_on_bad_input, write_whole
 
 
 def main(argv=None):
-    """Runs the command; checkpoints that cannot be averaged end it with exit status 2."""
+    """Runs the script; exit status 2, with a message, for input that cannot be used."""
     parser = argparse.ArgumentParser(
         prog='python -m exps.average', description='Average checkpoints of one run.'
     )
@@ -46,8 +46,9 @@ def average(models, last, out):
     for path in paths:
         require(os.path.isfile, path, 'MODELS')
     if len({os.path.realpath(path) for path in paths}) < len(paths):
-        raise BadInput('MODELS: names a checkpoint twice, which would count twice')
+        raise BadInput('MODELS: a checkpoint is given twice; it would count twice')
 
+    # Sum in double precision.
     total = {}
     expected = tensor_specs(read_checkpoint(paths[0])[0])
     for path in paths:

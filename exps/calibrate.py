@@ -1,11 +1,11 @@
-"""Fits what turns scores into log-likelihood ratios, on scores that --eval wrote.
+"""Fits the calibration that turns scores into log-likelihood ratios, on scores of --eval.
 
     python trainECAPAModel.py --eval --eval_list dev.txt test.txt --save_path exps/exp1 ...
     python -m exps.calibrate exps/exp1 --fit dev
 
-fits two numbers to exps/exp1/scores/dev.txt, writes exps/exp1/calibration.json, by which
-exps.verify decides, and prints what the ratios of the folder's other lists are worth. Take trials
-of recordings like those to come, of speakers that the model was not trained on.
+fits two numbers to exps/exp1/scores/dev.txt, and writes exps/exp1/calibration.json, which
+exps.verify and exps.identify use. It prints how good the ratios of the folder's other lists are.
+Fit on trials of recordings like those that you will decide on, by speakers who are not in training.
 """
 
 import argparse
@@ -30,20 +30,20 @@ FIGURES = (*tools.FIGURES, *CALIBRATED, 'actDCF(0.01)', 'actDCF(0.05)')
 
 
 def main(argv=None):
-    """Writes the calibration; prints why and exits with status 2 if that cannot be done."""
+    """Runs the script; exit status 2, with a message, for input that cannot be used."""
     parser = argparse.ArgumentParser(
         prog='python -m exps.calibrate',
         description='Fit log-likelihood ratios to scores of --eval.',
     )
     add = parser.add_argument
-    add('folder', help='holds results.json and scores/, which --eval wrote')
+    add('folder', help='folder of results.json and scores/, which --eval wrote')
     add('--fit', required=True, metavar='LIST', help='the list to fit on, by its path or its name')
-    add('--kind', help='raw, asnorm, centred or centred asnorm (default: the last that is there)')
+    add('--kind', help='raw, asnorm, centred or centred asnorm (default: the last that was scored)')
     add(
         '--false_acceptances',
         type=tools.in_range(float, 1e-3, 99),
         default=1.0,
-        help='percent that the threshold allows (default: 1)',
+        help='percentage that the threshold allows (default: 1)',
     )
     scoring.add_speaker_option(add)
     args = parser.parse_args(argv)
@@ -54,6 +54,7 @@ def main(argv=None):
 
 def calibrate(args):
     """Writes FOLDER/calibration.json, and prints the figures of the other lists."""
+    # Read the scores of the list, and fit.
     lists = scoring.read_results(args.folder)
     fit_list = find_list(lists, args.fit, args.folder)
     entry = lists[fit_list]
@@ -62,6 +63,8 @@ def calibrate(args):
     check_fit(fit_list, kind, labels, scores)
     weight, bias = fit(scores, labels)
     ratio, allowed = threshold(weight * scores + bias, labels, args.false_acceptances)
+
+    # Write the calibration.
     calibration = {
         'kind': kind,
         'weight': weight,
@@ -83,6 +86,8 @@ def calibrate(args):
             f'note: at {args.false_acceptances:g}% the threshold rests on only {allowed} false '
             'acceptances'
         )
+
+    # Try it on the other lists.
     del lists[fit_list]
     print_others(lists, calibration, names, args)
 
@@ -97,14 +102,14 @@ def check_fit(path, kind, labels, scores):
 
 
 def find_list(lists, name, folder):
-    """The list that `name` stands for: a path in results.json, or its last part without ending."""
+    """Finds a list in results.json by its path, or by its last part without the ending."""
     if name in lists:
         return name
     named = [path for path in lists if os.path.splitext(os.path.basename(path))[0] == name]
     if len(named) == 1:
         return named[0]
     known = ', '.join(lists) or 'none; --eval writes it'
-    raise BadInput(f'--fit {name}: is not one of the lists in {folder}/results.json ({known})')
+    raise BadInput(f'--fit {name}: not one of the lists in {folder}/results.json ({known})')
 
 
 def read_kind(folder, path, entry, kind):
@@ -116,13 +121,13 @@ def read_kind(folder, path, entry, kind):
 
 
 def fit(scores, labels):
-    """Weight and bias of logistic regression of scores (N,).
+    """Fits logistic regression to scores (N,) with labels (N,); returns (weight, bias).
 
-    Target and non-target trials have the same total weight, so the logarithm of the odds is that
-    of the likelihood ratio. Raises BadInput if the fit would be reversed.
+    Target and non-target trials have the same total weight, so the log-odds are log-likelihood
+    ratios. Raises BadInput if higher scores mean the same speaker less often.
     """
     scaler = StandardScaler().fit(scores[:, None])
-    # Hardly any regularisation, only so that trials without any error have a finite answer.
+    # With almost no regularisation; without any, trials without errors have no finite solution.
     regression = LogisticRegression(C=1000.0, class_weight='balanced', max_iter=1000)
     regression.fit(scaler.transform(scores[:, None]), labels)
     weight = float(regression.coef_[0, 0] / scaler.scale_[0])
@@ -136,16 +141,16 @@ def fit(scores, labels):
 
 
 def threshold(ratios, labels, percent):
-    """(Ratio above which `percent` of the other speakers' trials lie, how many these are)."""
+    """Returns (the ratio that `percent` of the non-target trials exceed, their number)."""
     others = np.sort(ratios[labels == 0])
     allowed = int(len(others) * percent / 100)
     return float(others[len(others) - 1 - allowed]), allowed
 
 
 def print_others(lists, calibration, fitted, args):
-    """Prints the figures of lists by a calibration that was fitted on other trials.
+    """Prints the figures of lists for a calibration that was fitted on other trials.
 
-    fitted: the names of the trials that it was fitted on.
+    fitted: the names of the trials of the fit.
     """
     rows = [['list', 'trials', *FIGURES]]
     for path, entry in lists.items():
@@ -170,18 +175,18 @@ def print_others(lists, calibration, fitted, args):
     if len(rows) > 1:
         print(scoring.table(rows))
     else:
-        print('note: there is no other list to show what the ratios are worth')
+        print('note: there is no other list to try the calibration on')
 
 
 def trial_set(names):
-    """Returns the set of trials [(enrolment, test)], whichever side is first, with or without ./"""
+    """Returns the set of trials [(enrolment, test)] without the order of sides and without ./"""
     files = {name for pair in names for name in pair}
     plain = {name: posixpath.normpath(name.replace('\\', '/')) for name in files}
     return {tuple(sorted((plain[one], plain[other]))) for one, other in names}
 
 
 def note_overlap(names, fitted, speaker):
-    """Says which trials, or else how many speakers, a list has in common with the fitted one.
+    """Describes the trials, or else the speakers, that a list shares with the list of the fit.
 
     names, fitted: the trials of the two lists [(enrolment, test)]; speaker: the pattern of
     --speaker. Returns '' if they have nothing in common.
@@ -202,16 +207,16 @@ def note_overlap(names, fitted, speaker):
     return ''
 
 
-# What other scripts take from here: figures of ratios, and the calibration of a folder.
+# Used by other scripts too: figures of ratios, and the calibration of a folder.
 
 
 def calibration_figures(ratios, labels):
     """Computes {figure: {'value'}} of natural log-likelihood ratios (N,) with labels (N,), 1 or 0.
 
-    Cllr in bits (Brümmer and du Preez, 2006), the least Cllr that a monotone function of the
-    ratios has, and the costs at Bayes thresholds, to compare with the minDCFs of operating_points.
+    The figures are Cllr in bits (Brümmer and du Preez, 2006), the lowest Cllr of any monotone
+    function of the ratios, and the costs at Bayes thresholds, to compare with minDCF.
     """
-    # The isotonic fit gives the share of targets at each ratio: subtract the prior log-odds.
+    # The isotonic fit gives the share of targets at each ratio, so subtract the prior log-odds.
     shares = IsotonicRegression().fit_transform(ratios, labels)
     best = logit(shares) - logit(labels.mean())
     figures = {'Cllr': log_cost(ratios, labels), 'minCllr': log_cost(best, labels)}
@@ -232,9 +237,9 @@ def log_cost(ratios, labels):
 
 
 def read_calibration(folder):
-    """Reads what exps.calibrate wrote in a folder; returns None if there is nothing.
+    """Reads the calibration.json of a folder; returns None if there is none.
 
-    Raises BadInput if calibration.json is something else.
+    Raises BadInput if exps.calibrate did not write it.
     """
     path = os.path.join(folder, 'calibration.json')
     if not os.path.exists(path):
@@ -245,12 +250,12 @@ def read_calibration(folder):
         for name in ('kind', 'weight', 'bias', 'threshold', 'list', 'checkpoint', 'options'):
             calibration[name]
     except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f'{path}: not what exps.calibrate writes; move it away') from error
+        raise BadInput(f'{path}: exps.calibrate did not write it; move it away') from error
     return calibration
 
 
 def cohort_options(kind, options):
-    """Returns the options of --eval that a kind of scores depends on, by way of the cohort."""
+    """Returns the options of --eval through which a kind of scores depends on the cohort."""
     if kind == 'raw':
         return {}
     names = ['train_list', 'cohort_utterances', 'seed']
@@ -260,7 +265,7 @@ def cohort_options(kind, options):
 
 
 def why_not_for(calibration, checkpoint, scores, args):
-    """Says why a calibration is not for these scores; None if it is."""
+    """Returns why a calibration is not for these scores; None if it is."""
     if calibration['checkpoint']['sha256'] != checkpoint['sha256']:
         return f'it was fitted on scores of {calibration["checkpoint"]["path"]}'
     kind = calibration['kind']

@@ -1,15 +1,14 @@
-"""Writes a trial list's files as they sound elsewhere, and lists to score them.
+"""Writes the files of a trial list as they sound in other conditions, and lists to score them.
 
     python -m exps.conditions lists/trials.txt --audio recordings --out conditions
     python trainECAPAModel.py --eval --initial_model MODEL --eval_list conditions/*.txt \
         --eval_path conditions/audio --save_path exps/conditions
 
-Conditions: codecs of telephones and of the internet (those of --codec, and opus), a cut to the
-loudest 2 s, and with --musan_path and --rir_path noise, music and babble at --snr dB, and a room.
-clean.txt is the list itself. NAME.txt has both sides of its trials in a condition; NAME_cross.txt,
-of telephones, has clean enrolments and tests on the telephone. What is there already is kept, so
-the same command goes on where it was stopped; what is drawn depends on a file's path in the list
-alone.
+Conditions: codecs of telephones and of the internet (those of --codec, and opus), and a cut to the
+loudest 2 s; with --musan_path noise, music and babble at --snr dB, with --rir_path a room.
+clean.txt is the list itself. In NAME.txt both sides of the trials have the condition; telephones
+also have NAME_cross.txt, with clean enrolments. Files that exist are kept, so the same command
+continues after an interruption. Random draws depend only on the path of a file in the list.
 """
 
 import argparse
@@ -60,25 +59,30 @@ SETTINGS = 'settings.json'  # in --out
 
 
 def main(argv=None):
-    """Writes the conditions; exit status 2, with a sentence, where that cannot be done."""
+    """Runs the script; exit status 2, with a message, for input that cannot be used."""
     parser = argparse.ArgumentParser(
         prog='python -m exps.conditions',
         description='Write the files of a trial list in other conditions.',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add('list', help='trial list, lines `label enrolment test` or the label last')
-    add('--audio', required=True, help='folder of its paths')
+    add('list', help='trial list: lines `label enrolment test`, or with the label last')
+    add('--audio', required=True, help='folder of the files in it')
     add('--out', required=True, help='folder for audio/ and the lists')
     add(
         '--conditions',
         nargs='+',
         action='extend',
-        help='those wanted (default: all that the options make)',
+        help='names of conditions (default: all that the options make)',
     )
     add('--musan_path', help='MUSAN, for noise, music and babble')
     add('--rir_path', help='room impulse responses, for room')
-    add('--snr', type=in_range(float, -20, 60), default=10.0, help='of noise, music and babble, dB')
+    add(
+        '--snr',
+        type=in_range(float, -20, 60),
+        default=10.0,
+        help='dB above the noise',
+    )
     add('--n_cpu', type=in_range(int, 0), default=default_n_cpu(), help='processes that write')
     args = parser.parse_args(argv)
     with exit_on_bad_input():
@@ -88,9 +92,10 @@ def main(argv=None):
 def write_conditions(args):
     """Writes audio/ and the lists.
 
-    Raises BadInput for an unknown condition, a file that cannot be used, too small a disk, or a
-    folder that other options wrote.
+    Raises BadInput for an unknown condition, a file that cannot be used, a disk that is too small,
+    and a folder that was written with other options.
     """
+    # Check the names, the list and the folder.
     made = make_conditions(args)
     names = list(dict.fromkeys(args.conditions or made))
     for name in names:
@@ -101,6 +106,7 @@ def write_conditions(args):
     settings = settings_of(args)
     refuse_other_settings(settings, args.out)
 
+    # Write the files that do not exist yet.
     audio = os.path.join(args.out, 'audio')
     jobs = []
     for name in dict.fromkeys(['clean', *names]):
@@ -119,6 +125,7 @@ def write_conditions(args):
     if faults:
         raise BadInput('\n'.join([f'{len(faults)} files cannot be used, the first:', *faults[:20]]))
 
+    # Write the lists.
     lists = {'clean': ('clean', 'clean')}
     for name in names:
         lists[name] = (name, name)
@@ -130,7 +137,7 @@ def write_conditions(args):
 
 
 def make_conditions(args):
-    """{name: function(samples, random.Random) -> samples} of what the options make."""
+    """Returns the conditions: {name: function(samples, random.Random) -> samples}."""
     conditions = {'clean': unchanged}
     for name, codec in CODECS.items():
         if is_usable(codec):
@@ -149,24 +156,24 @@ def make_conditions(args):
 
 
 def unchanged(samples, rng):
-    """The condition of clean.txt."""
+    """Returns the samples: the condition of clean.txt."""
     return samples
 
 
 def coded(codec, samples, rng):
-    """samples through a codec; a telephone's with its band, at the lowest rates of the others."""
+    """Sends samples through a codec: a telephone's with its band, others at their lowest rate."""
     return through_codec(samples, codec, codec.levels and codec.levels[1], codec.rate != RATE)
 
 
 def cut(samples, rng):
-    """The loudest 2 s of samples, as others may be silent."""
+    """Returns the loudest 2 s of samples, because others may be silent."""
     energy = np.cumsum(np.append(0.0, samples.astype(np.float64) ** 2))
     start = int(np.argmax(energy[CUT:] - energy[:-CUT])) if len(samples) > CUT else 0
     return samples[start : start + CUT]
 
 
 def mixed(files, category, snr, samples, rng):
-    """Adds noise, as many clips as in training, which together are snr dB below the samples."""
+    """Adds as many clips of noise as in training; their sum is snr dB below the samples."""
     for _ in range(ATTEMPTS):
         clips = list(files.draw(rng, len(samples), rng.randint(*NOISE_CLIPS[category])))
         noise = np.sum(clips, axis=0)
@@ -184,16 +191,16 @@ def in_room(rirs, samples, rng):
 
 
 def write_one(conditions, folder, audio, job):
-    """Writes a file of folder in a condition to audio, 16 bits; returns its fault, '' for none."""
+    """Writes a file of `folder` in a condition to `audio`, in 16 bits; returns a fault or ''."""
     name, file = job
     out = os.path.join(audio, renamed(file, name))
-    # By the name of speaker and recording, as the names of files alone are alike in many folders.
+    # Seeded with the whole path: many folders have files of the same names.
     rng = random.Random(renamed(file, name))
     try:
         samples = conditions[name](read_audio(os.path.join(folder, file)), rng)
     except BadInput as error:
         return str(error)
-    # 16 bits would clip what is above 1.
+    # 16 bits would clip samples above 1.
     samples = samples / max(1.0, np.abs(samples).max())
     os.makedirs(os.path.dirname(out), exist_ok=True)
     write_whole(out, lambda file: soundfile.write(file, samples, RATE, 'PCM_16', format='WAV'))
@@ -201,12 +208,12 @@ def write_one(conditions, folder, audio, job):
 
 
 def renamed(file, name):
-    """The path of a file in a condition; its first folder stays, which is the speaker."""
+    """Returns the path of a file in a condition; its folders stay, as they name the speaker."""
     return f'{os.path.splitext(file)[0]}.{name}.wav'
 
 
 def refuse_other_places(names, path):
-    """Raises BadInput where a file would not be written below audio/, or two would be one."""
+    """Raises BadInput if a file would be outside of audio/, or two files would have one path."""
     sources = {}
     for name in names:
         if os.path.isabs(name) or '..' in name.split('/'):
@@ -217,7 +224,7 @@ def refuse_other_places(names, path):
 
 
 def settings_of(args):
-    """{option: value} of what the files depend on."""
+    """Returns the options that the files depend on: {option: value}."""
     with open(args.list, 'rb') as file:
         settings = {'list': sha256(file.read()), 'audio': os.path.abspath(args.audio)}
     if args.musan_path:
@@ -228,7 +235,7 @@ def settings_of(args):
 
 
 def refuse_other_settings(settings, out):
-    """Adds the settings that wrote a folder; BadInput where one of them was another."""
+    """Adds the settings with which a folder was written. Raises BadInput if one is different."""
     path = os.path.join(out, SETTINGS)
     if not os.path.exists(path):
         return
@@ -244,7 +251,7 @@ def refuse_other_settings(settings, out):
 
 
 def check_room(jobs, args):
-    """Says what the disk needs; BadInput where it has less."""
+    """Prints how much space the files need. Raises BadInput if the disk has less."""
     needed = 0
     for name, file in jobs:
         with contextlib.suppress(OSError, soundfile.SoundFileError):
@@ -260,7 +267,7 @@ def check_room(jobs, args):
 
 
 def write_list(path, trials, sides):
-    """Writes a trial list with the files of either side in a condition."""
+    """Writes a trial list; sides: the conditions of enrolments and of tests."""
     lines = []
     for label, pair in zip(trials.labels, trials.pairs):
         files = [renamed(trials.names[row], name) for row, name in zip(pair, sides)]

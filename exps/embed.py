@@ -1,10 +1,11 @@
-"""Writes the embeddings of recordings, for programs of your own.
+"""Writes the embeddings of recordings, for your programs.
 
     python -m exps.embed recordings/ --initial_model MODEL --out embeddings.npz
 
 writes `names` (N,) and unit vectors `embeddings` (N, 192) of all files below a folder, or of those
-in a text file with a path a line. Any format, rate and number of channels that soundfile reads will
-do; what is converted is said. From Python, `load_model(MODEL).embed(paths)` does the same.
+in a text file with one path per line. The recordings may have any format, rate and number of
+channels that soundfile reads; notes tell what is converted. `load_model(MODEL).embed(paths)` does
+the same in Python.
 """
 
 import argparse
@@ -19,13 +20,13 @@ from tools import BadInput, check_writable, exit_on_bad_input, in_range, write_w
 
 
 def main(argv=None):
-    """Writes the file; exit status 2, with a sentence, where that cannot be done."""
+    """Runs the script; exit status 2, with a message, for input that cannot be used."""
     parser = argparse.ArgumentParser(
         prog='python -m exps.embed',
         description='Write embeddings of recordings.',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument('files', help='folder of recordings, or a list with a path a line')
+    parser.add_argument('files', help='folder of recordings, or a list with one path per line')
     parser.add_argument('--out', required=True, help='file to write, .npz')
     add_channel_option(parser)
     add_scoring_options(parser)
@@ -56,7 +57,7 @@ def embed(args):
     os.makedirs(folder, exist_ok=True)
     write_whole(args.out, lambda file: np.savez(file, names=names, embeddings=vectors))
     print(f'{args.out}: {len(names):,} embeddings of {vectors.shape[1]} numbers')
-    # What works is written; the status says that it is not all.
+    # The embeddings of usable files are written; the exit status tells that some are missing.
     refuse(list(faults.values()), len(paths))
 
 
@@ -71,7 +72,7 @@ def add_channel_option(parser):
 
 
 def list_files(files):
-    """Paths of the recordings below a folder, or of the lines of a text file."""
+    """Returns the paths of the recordings below a folder, or in the lines of a text file."""
     if os.path.isdir(files):
         return find_audio(files, 'FILES', any_format=True)
     lines = read_list(files, 'FILES').splitlines()

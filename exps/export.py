@@ -1,15 +1,15 @@
-"""Writes a checkpoint as one ONNX file, from waveform to unit embedding, for onnxruntime anywhere.
+"""Writes a checkpoint as an ONNX file, from waveform to unit embedding.
 
     pip install onnx onnxruntime
     python -m exps.export exps/exp1/model/model_0080.model --out ecapa.onnx
 
-Input `waveform`, float32 (batch, samples): 16 kHz, mono, in [-1, 1], at least 257 samples, all
-utterances of a batch of one length (padding with zeros changes an embedding). Output `embedding`,
-float32 (batch, 192), of unit length: that of whole utterances, as exps.embed writes it. Opset 17.
-The metadata say the same, and name the checkpoint's SHA-256, the commit and the versions.
+Input `waveform`, float32 (batch, samples): 16 kHz, mono, in [-1, 1], at least 257 samples. All
+utterances of a batch have the same length, because padding with zeros changes an embedding. Output
+`embedding`, float32 (batch, 192): unit embeddings of whole utterances, as exps.embed writes them.
+The opset is 17. The metadata contain this, the SHA-256 of the checkpoint, the commit and versions.
 
-Nothing is written unless onnxruntime gives the embeddings that PyTorch gives, within 1e-4, at five
-lengths from 0.3 to 30 s, and an error for shorter input than 257 samples.
+The file is written only if onnxruntime gives the same embeddings as PyTorch, within 1e-4, at five
+lengths from 0.3 to 30 s, and an error for input with fewer than 257 samples.
 """
 
 import argparse
@@ -33,7 +33,7 @@ BOUND = 1e-4
 
 
 def main(argv=None):
-    """Writes the file; exit status 2, with a sentence, for a checkpoint that is not right."""
+    """Runs the script; exit status 2, with a message, for input that cannot be used."""
     parser = argparse.ArgumentParser(
         prog='python -m exps.export', description='Write a checkpoint as an ONNX file.'
     )
@@ -48,11 +48,12 @@ def main(argv=None):
 def export(args):
     """Writes args.out, and prints the largest differences from PyTorch.
 
-    Raises BadInput where one is over BOUND.
+    Raises BadInput if one is larger than BOUND.
     """
     import onnx
     import onnxruntime
 
+    # Make the ONNX file in memory.
     if os.path.exists(args.out):
         raise BadInput(f'--out {args.out} is there already; remove it or choose another name')
     require(os.path.isfile, args.model, 'MODEL')
@@ -62,10 +63,10 @@ def export(args):
     onnx.helper.set_model_props(graph, metadata(args, sha256))
     content = graph.SerializeToString()
 
+    # Compare it with PyTorch. A process that is forked from this one would wait for its threads.
     settings = onnxruntime.SessionOptions()
-    # No threads of its own, for which a process that is forked from this one would wait.
     settings.intra_op_num_threads = 1
-    settings.log_severity_level = 4  # no log of the error that is tried on purpose
+    settings.log_severity_level = 4  # do not log the error that is provoked below
     providers = ['CPUExecutionProvider']
     session = onnxruntime.InferenceSession(content, settings, providers=providers)
     for seconds, difference in differences(system, session):
@@ -86,7 +87,7 @@ def export(args):
 
 
 def metadata(args, sha256):
-    """{name: text} of what the file is, to be kept in it."""
+    """Returns the metadata of the file, {name: text}."""
     facts = provenance(args.command)
     versions = ', '.join(f'{name} {version}' for name, version in facts['versions'].items())
     texts = {
@@ -98,15 +99,12 @@ def metadata(args, sha256):
         'input': f'{RATE} Hz, mono, in [-1, 1]; at least {SHORTEST} samples; all utterances of a '
         'batch of one length, not padded',
     }
-    # Names of files need not be UTF-8.
+    # A file name need not be UTF-8.
     return {name: text.encode('utf-8', 'backslashreplace').decode() for name, text in texts.items()}
 
 
 class FromWaveform(nn.Module):
-    """The encoder of a system with its features as a convolution.
-
-    So no runtime needs to know of spectrograms.
-    """
+    """An encoder that computes its features by a convolution; a runtime needs no spectrograms."""
 
     def __init__(self, encoder):
         super().__init__()
@@ -120,14 +118,14 @@ class FromWaveform(nn.Module):
         spectrum = torch.cat([angles.cos() * window, angles.sin() * window])
         self.spectrum = spectrum.float().unsqueeze(1)  # (514, 1, 512)
 
-        # The samples that are reflected at the beginning and at the end. Padding by reflection is
-        # not checked by old runtimes, which read other memory if the input is too short.
+        # Indices of the samples that are reflected at the beginning and at the end. Old runtimes do
+        # not check their own padding by reflection: for short input they read other memory.
         distance = torch.arange(1, mel.n_fft // 2 + 1)
         self.first = distance.flip(0)
         self.last = -1 - distance
 
     def forward(self, waveform):
-        """Unit embeddings (B, 192) of waveforms (B, samples)."""
+        """Computes unit embeddings (B, 192) of waveforms (B, samples)."""
         preemphasis, mel = self.encoder.torchfbank
         x = preemphasis(waveform)
         x = torch.cat([x[:, self.first], x, x[:, self.last]], dim=1).unsqueeze(1)
@@ -139,11 +137,10 @@ class FromWaveform(nn.Module):
 
 
 def to_onnx(system):
-    """An ONNX file's bytes for the encoder of a system in evaluation mode."""
+    """Returns the bytes of an ONNX file for the encoder of a system in evaluation mode."""
     file = io.BytesIO()
     with warnings.catch_warnings(), torch.no_grad():
-        # The exporter that PyTorch calls deprecated, and still has: the newer one needs one more
-        # package.
+        # PyTorch calls this exporter deprecated, but the newer one needs another package.
         warnings.simplefilter('ignore')
         torch.onnx.export(
             FromWaveform(system.speaker_encoder).eval(),
@@ -162,7 +159,7 @@ def differences(system, session):
     """Yields (seconds, largest difference of the session's embeddings from the system's)."""
     longest = speech_like_noise(2, max(SECONDS) * RATE)
     for seconds in SECONDS:
-        # One length is tried with a batch of one.
+        # One of the lengths is tried in a batch of one utterance.
         count = 1 if seconds == 3 else 2
         waveform = longest[:count, : int(seconds * RATE)]
         with torch.inference_mode():

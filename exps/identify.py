@@ -1,11 +1,12 @@
-"""Says for recordings which of the people enrolled it is, or nobody.
+"""Names the enrolled person, or nobody, for each recording.
 
     python -m exps.identify recordings/ --people people --initial_model MODEL --out who.csv
 
 People are folders, people/NAME/*.wav, or a list with lines `name recording...`. With the
-calibration.json of the experiment (exps.calibrate) the probability P(k) of person k is proportional
-to pi / K * LR_k, that of nobody to 1 - pi; pi is the prior of an enrolled person (--p_enrolled).
-Without one there are scores, and they decide nothing. Any format that soundfile reads will do.
+calibration.json of the experiment (exps.calibrate), the probability of person k is proportional to
+pi / K * LR_k, and the probability of nobody to 1 - pi; pi is the prior that the speaker is enrolled
+(--p_enrolled). Without a calibration the script gives only scores, which decide nothing. The
+recordings may have any format that soundfile reads.
 """
 
 import argparse
@@ -37,14 +38,14 @@ PAIRS = 1000000  # of a recording and a person, scored at a time
 
 
 def main(argv=None):
-    """Writes who is who; exit status 2, with a sentence, where that cannot be done."""
+    """Runs the script; exit status 2, with a message, for input that cannot be used."""
     parser = argparse.ArgumentParser(
         prog='python -m exps.identify',
         description='Name the people in recordings.',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add('files', help='folder of recordings, or a list with a path a line')
+    add('files', help='folder of recordings, or a list with one path per line')
     add('--people', required=True, help='folder of NAME/*.wav, or lines `name recording...`')
     add('--out', help='CSV to write (default: printed)')
     add(
@@ -76,11 +77,11 @@ def identify(args):
     scores = score_people(models, tests, cohort, *normalisation[1:])
     _, calibration, fault = find_calibration(args, checkpoint, scores)
     if fault:
-        print(f'note: raw scores alone, which decide nothing: {fault}', file=sys.stderr)
+        print(f'note: only raw scores, which decide nothing: {fault}', file=sys.stderr)
 
     kind = calibration['kind'] if calibration else 'raw'
     write_csv(args, usable, list(people), scores[kind], calibration)
-    # What works is written; the status says that it is not all.
+    # The results of usable recordings are written; the exit status tells that some are missing.
     refuse(faults, len(files) + sum(map(len, people.values())))
 
 
@@ -113,8 +114,8 @@ def write_csv(args, files, names, scores, calibration):
 def embed_people(system, people, files, channel):
     """Embeds people, each as the mean of the recordings that can be used, and files.
 
-    Returns (models (people, 2, D), tests (usable files, 2, D), usable files, sentences on the
-    others and on recordings of people). Raises BadInput if a person has no recording that can be
+    Returns (models (people, 2, D), tests (usable files, 2, D), usable files, messages about the
+    recordings that cannot be used). Raises BadInput if a person has no recording that can be
     used, or if no file can be used.
     """
     recordings = [recording for own in people.values() for recording in own]
@@ -143,7 +144,7 @@ def embed_people(system, people, files, channel):
 
 def score_people(models, tests, cohort, top_n, subtract_mean):
     """Scores recordings, (N, 2, D), against people; returns {kind: scores (N, people)}."""
-    # In blocks, as all pairs of many recordings with many people would fill the memory.
+    # In blocks: all pairs of many recordings and many people would fill the memory.
     blocks = []
     for block in np.array_split(tests, 1 + len(tests) * len(models) // PAIRS):
         pairs = np.empty((len(block), len(models), 2), np.int32)
@@ -158,9 +159,10 @@ def score_people(models, tests, cohort, top_n, subtract_mean):
 
 
 def decide(names, scores, calibration, p_enrolled):
-    """(Name, probability, second best, score) of a recording with scores (K,) against K people.
+    """Decides whose recording it is, by its scores (K,) against K people.
 
-    Without a calibration there is no probability, and nobody is never the answer.
+    Returns (name, probability, second best name, score). Without a calibration the probability is
+    '', and the name is always that of a person.
     """
     score = f'{scores.max():.4f}'
     if not calibration:
@@ -175,7 +177,11 @@ def decide(names, scores, calibration, p_enrolled):
 
 
 def read_people(path):
-    """{name: recordings} of a folder of folders, or of a list. BadInput for what cannot be."""
+    """Reads {name: recordings} from a folder of folders, or from a list.
+
+    Raises BadInput for a recording outside of folders, a person without recordings or called
+    'nobody', and a recording that two people share.
+    """
     people = {}
     if os.path.isdir(path):
         people = {name: [] for name in subfolders(path, '--people')}
@@ -201,12 +207,12 @@ def read_people(path):
 
 
 def refuse_shared(people):
-    """Raises BadInput where two people have a recording of the same bytes."""
+    """Raises BadInput if two people have a recording with the same bytes."""
     owners = {}
     for name, recordings in people.items():
         for recording in recordings:
             if not os.path.isfile(recording):
-                continue  # the reader of audio says what it is, and does not wait for a pipe
+                continue  # the reader of audio will report it; opening a pipe would wait
             content = sha256(read_bytes(recording))
             owner, other = owners.setdefault(content, (name, recording))
             if owner != name:

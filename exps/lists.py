@@ -1,6 +1,4 @@
-"""Makes a training list and a trial list for your own speakers.
-
-Reads a folder with a folder per speaker:
+"""Makes a training list and a trial list from a folder with a folder for each speaker.
 
 python -m exps.lists recordings --out lists --test_speakers 20
 """
@@ -37,12 +35,10 @@ MOST_TARGETS = 20000  # trials of the same speaker, in a list that is not exhaus
 
 
 def main(argv=None):
-    """Makes the lists; exit status 2, with a message, if that cannot be done."""
+    """Runs the script; exit status 2, with a message, for input that cannot be used."""
     parser = argparse.ArgumentParser(
         prog='python -m exps.lists',
-        description=(
-            'Make a training list and a trial list from a folder with a folder per speaker.'
-        ),
+        description='Make a training list and a trial list from folders of speakers.',
     )
     add = parser.add_argument
     add('folder', help='holds SPEAKER/.../FILE.wav (or .flac)')
@@ -52,7 +48,7 @@ def main(argv=None):
         type=in_range(int, 0),
         help='speakers held out for the trials (default: a tenth)',
     )
-    add('--exhaustive', action='store_true', help='all trials, not as many of each kind')
+    add('--exhaustive', action='store_true', help='all trials, not equally many of each kind')
     add(
         '--seed',
         type=in_range(int, 0, 2**64 - 1),
@@ -66,7 +62,7 @@ def main(argv=None):
 
 
 class Inspection(NamedTuple):
-    """What an audio file is like."""
+    """The properties of an audio file."""
 
     fault: str  # why it cannot be used, or ''
     rate: int  # Hz, 0 if it cannot be read
@@ -76,16 +72,18 @@ class Inspection(NamedTuple):
 
 
 def make_lists(folder, out, test_speakers=None, exhaustive=False, seed=10, speaker=''):
-    """Writes train_list.txt and trials.txt in `out` for a folder with a folder per speaker.
+    """Writes train_list.txt and trials.txt in `out` for a folder of speakers; prints a report.
 
-    Prints a report. test_speakers: how many are held out for the trials, a tenth by default;
-    speaker: the pattern of --speaker. Files that cannot be used, and copies, are left out
-    and named in left_out.txt. Raises BadInput if no list can be made, or if a list is there.
+    test_speakers: how many are held out for the trials, a tenth by default; speaker: the pattern of
+    --speaker. left_out.txt names copies and files that cannot be used. Raises BadInput if no list
+    can be made, or if a list exists.
     """
     for name in ('train_list.txt', 'trials.txt', 'left_out.txt'):
         path = os.path.join(out, name)
         if os.path.exists(path):
             raise BadInput(f'{path} is there already; remove it or choose another --out')
+
+    # Read all files, and sort out those that cannot be used.
     inspections, unread = inspect_folder(folder)
     files, left_out = sort_files(inspections, speaker)
     left_out = {**unread, **left_out}
@@ -96,6 +94,7 @@ def make_lists(folder, out, test_speakers=None, exhaustive=False, seed=10, speak
             f'{name}: {reason}'
         )
 
+    # Make the lists.
     rng = np.random.default_rng(seed)
     held_out = choose_speakers(files, test_speakers, rng)
     texts = {'train_list.txt': []}
@@ -108,6 +107,7 @@ def make_lists(folder, out, test_speakers=None, exhaustive=False, seed=10, speak
     if left_out:
         texts['left_out.txt'] = [f'{one_line(name)}: {why}\n' for name, why in left_out.items()]
 
+    # Write and report.
     os.makedirs(out, exist_ok=True)
     for name, lines in texts.items():
         write_text(os.path.join(out, name), ''.join(lines))
@@ -116,7 +116,7 @@ def make_lists(folder, out, test_speakers=None, exhaustive=False, seed=10, speak
 
 
 def inspect_folder(folder):
-    """Reads the audio files below a folder, as several processes.
+    """Reads the audio files below a folder, in several processes.
 
     Returns ({name: Inspection}, {name: why it is not read}), with names relative to the folder.
     """
@@ -128,7 +128,7 @@ def inspect_folder(folder):
 
 
 def sort_files(inspections, speaker):
-    """Returns ({speaker: names of files}, {name: why it is left out}) of {name: Inspection}."""
+    """Sorts {name: Inspection}: ({speaker: names of files}, {name: why it is left out})."""
     left_out = {}
     for name, inspection in inspections.items():
         fault = inspection.fault or fault_of_name(name, speaker)
@@ -147,7 +147,7 @@ def sort_files(inspections, speaker):
 
 
 def inspect_file(path):
-    """Reads an audio file whole, as evaluation does; returns an Inspection of it."""
+    """Reads a whole audio file, as evaluation does; returns its Inspection."""
     try:
         audio = read_audio(path, SHORTEST)
     except BadInput as error:
@@ -157,7 +157,7 @@ def inspect_file(path):
 
 
 def rate_of(path):
-    """The sample rate in the header of a file, 0 if it cannot be read."""
+    """Reads the sample rate in the header of a file, 0 if that cannot be read."""
     try:
         with open_audio(path) as file:
             return file.samplerate
@@ -166,7 +166,7 @@ def rate_of(path):
 
 
 def fault_of_name(name, speaker):
-    """Why a file of this name, relative to the folder, cannot be in a list; or ''."""
+    """Returns why a list cannot have this name of a file, relative to the folder; or ''."""
     if len(name.split()) > 1:
         return 'white space in its name, which lists cannot hold'
     if not speaker:
@@ -178,10 +178,11 @@ def fault_of_name(name, speaker):
 
 
 def find_copies(inspections, speaker_of):
-    """{name: reason} of files with the samples of another one.
+    """Finds files with the same samples; returns {name: why it is left out}.
 
-    inspections: {name: Inspection}; speaker_of: {name: speaker} of the usable files. One file stays
-    of those of a speaker. None stays of those under several speakers: nothing says whose it is.
+    inspections: {name: Inspection}; speaker_of: {name: speaker} of the usable files. Of the copies
+    under one speaker, one stays. Of copies under several speakers none stays, because it is not
+    known whose recording it is.
     """
     groups = {}
     for name in speaker_of:
@@ -189,7 +190,7 @@ def find_copies(inspections, speaker_of):
 
     copies = {}
     for names in groups.values():
-        # The one that is least deep in folders is most likely the original.
+        # The file in the fewest folders is probably the original.
         first, *others = sorted(names, key=lambda name: (name.count(os.sep), name))
         if len({speaker_of[name] for name in names}) == 1:
             copies |= {name: f'a copy of another file: {first}' for name in others}
@@ -200,12 +201,12 @@ def find_copies(inspections, speaker_of):
 
 
 def one_line(name):
-    """The name of a file without line breaks."""
+    """Returns the name of a file with line breaks escaped."""
     return name.replace('\n', '\\n').replace('\r', '\\r')
 
 
 def choose_speakers(files, count, rng):
-    """Draws `count` speakers, a tenth by default, of those with several files in {speaker: files}.
+    """Draws `count` speakers (default: a tenth) of those with several files in {speaker: files}.
 
     Returns their names, sorted. Raises BadInput if there are too few.
     """
@@ -225,10 +226,10 @@ def choose_speakers(files, count, rng):
 
 
 def make_trials(files, rng, exhaustive):
-    """Trial lines from {speaker: files}: all pairs, or as many of each kind.
+    """Makes the lines of trials from {speaker: files}: all pairs, or equally many of each kind.
 
-    As many: all target pairs (20,000 at most) and the same number of others. Needs memory for the
-    files and the lines only: all pairs of 100,000 files would take 80 GB.
+    These are all target pairs (at most 20,000) and the same number of others. Memory is needed only
+    for files and lines: all pairs of 100,000 files would take 80 GB.
     """
     names = [name for own in files.values() for name in own]
     lengths = [len(own) for own in files.values()]
@@ -253,7 +254,7 @@ def make_trials(files, rng, exhaustive):
 
 
 def count_pairs(begins, ends):
-    """How many pairs there are of each file i and the files begins[i] to ends[i] - 1."""
+    """Counts the pairs of each file i and the files begins[i] to ends[i] - 1."""
     return int((ends - begins).sum())
 
 
@@ -267,7 +268,7 @@ def draw_pairs(begins, ends, count, rng):
 
 
 def report_audio(inspections, files, held_out):
-    """Prints what the files are like; files: {speaker: names} of those in the lists."""
+    """Prints hours, lengths, rates and clipping; files: {speaker: names} in the lists."""
     used = [inspections[name] for own in files.values() for name in own]
     seconds = np.array([audio.seconds for audio in used])
     quantiles = np.quantile(seconds, [0, 0.05, 0.5, 0.95, 1])
@@ -279,12 +280,12 @@ def report_audio(inspections, files, held_out):
     print(f'usable       {len(used):,} utterances of {len(files):,} speakers, {hours:.1f} hours')
     print(f'length       {lengths} s (shortest, 5 %, median, 95 %, longest)')
     print(f'rates        {of_rates}')
-    print(f'clipped      {clipped:,} files (used all the same)')
+    print(f'clipped      {clipped:,} files (used nevertheless)')
     print(f'held out     {len(held_out):,} speakers: {" ".join(held_out[:20])}')
 
 
 def report_files(left_out, texts, out):
-    """Prints what was left out, {name: reason}, and which of the texts were written in `out`."""
+    """Prints how many files were left out ({name: reason}), and which lists were written."""
     reasons = collections.Counter(reason.split(': ')[0] for reason in left_out.values())
     for reason, count in reasons.most_common(20):
         print(f'left out     {count:,} files: {reason}')

@@ -1,7 +1,7 @@
 """Scoring beyond the EER of a test: kinds of scores, intervals, tables, results.json.
 
-In the order in which `trainECAPAModel.py --eval` goes through it: the command takes `evaluate` from
-here, and scripts take what they need.
+This is what `trainECAPAModel.py --eval` does, in the order in which data flows. Scripts use the
+same functions.
 """
 
 import argparse
@@ -55,11 +55,12 @@ MOST = {'EER': 100, **dict.fromkeys(PRIORS, 1)}  # the largest value of each fig
 
 def evaluate(args):
     """Scores --initial_model on --eval_list; prints the figures, and writes them and all scores."""
-    # An evaluation takes long: first see that its results can be written.
+    # An evaluation takes long, so first check that its results can be written.
     with first_process_first():
         read_results(args.save_path)
         check_writable(os.path.join(args.save_path, 'scores'), '--save_path')
 
+    # Load the model, read the lists, and choose the files of the cohort.
     system, checkpoint = load_model_of(args)
     with first_process_first():
         paths, trial_lists = read_trial_lists(
@@ -68,6 +69,8 @@ def evaluate(args):
         if process_rank() == 0:
             check_audio(paths, '--eval_list')
         cohort_files, top_n, subtract_mean = choose_normalisation(args)
+
+    # Check that all processes have the same model, lists and options.
     names = ('score_norm', 'top_n', 'cohort_utterances', 'subtract_mean', 'seed')
     facts = {name: getattr(args, name) for name in names}
     facts['initial_model'] = f'SHA-256 {checkpoint["sha256"][:16]}'
@@ -75,6 +78,7 @@ def evaluate(args):
     facts['eval_list'] = [trials.sha256[:16] for trials in trial_lists]
     compare_processes(facts, args)
 
+    # Compute the scores; then their intervals, the table and the files.
     cohort = load_cohort(system, checkpoint, cohort_files)
     results = score_lists(system, paths, trial_lists, cohort, top_n, subtract_mean)
     if process_rank() == 0:
@@ -148,11 +152,15 @@ def speaker_pattern(text):
     return text
 
 
-# Cohorts: speakers of the training list, which scores are normalised by.
+# Cohorts: speakers of the training list that normalise scores.
 
 
 def choose_normalisation(args):
-    """(choose_cohort or None, top_n or None, subtract_mean) of a command's options."""
+    """Chooses how to normalise scores, from the options of a command.
+
+    Returns (files of the cohort as choose_cohort returns them, or None; top_n or None;
+    subtract_mean).
+    """
     top_n = args.top_n if args.score_norm == 'asnorm' else None
     files = None
     if top_n or args.subtract_mean:
@@ -161,9 +169,9 @@ def choose_normalisation(args):
 
 
 def choose_cohort(train_list, train_path, per_speaker, seed):
-    """For each speaker of a training list, the paths of up to per_speaker utterances.
+    """Draws up to per_speaker utterances of each speaker in a training list.
 
-    They are drawn at random.
+    Returns a list of paths for each speaker.
     """
     require(os.path.isdir, train_path, '--train_path')
     _, labels, names, _ = read_train_list(train_list)
@@ -178,18 +186,18 @@ def choose_cohort(train_list, train_path, per_speaker, seed):
 
 
 def load_cohort(system, checkpoint, files):
-    """Returns what embed_speakers returns for files, and keeps it beside the checkpoint.
+    """Embeds the speakers of a cohort with embed_speakers, and keeps them beside the checkpoint.
 
-    A kept cohort is used, and this is said, if nothing that it was made from has changed.
-    checkpoint: {'path', 'sha256'} of the system's weights; files: what choose_cohort returns, None
-    for no cohort.
+    checkpoint: {'path', 'sha256'} of the system's weights; files: from choose_cohort, None for no
+    cohort. A kept cohort is used if nothing that it was made from has changed; a note tells this.
+    Returns (speakers, 2, D), or None for no cohort.
     """
     if files is None:
         return None
     path = f'{checkpoint["path"]}.cohort.npz'
     key = cohort_key(system, checkpoint, files)
     cohort = read_cohort(path, key)
-    # One process may read the file just before another one writes it.
+    # All processes must agree: one may read the file just before another one writes it.
     if all(gather([cohort is not None])):
         note(f'the cohort of {len(files):,} speakers is the one kept in {path}')
         return cohort
@@ -232,18 +240,18 @@ def embed_speakers(system, files):
 
 
 def cohort_key(system, checkpoint, files):
-    """Text that changes with all that a cohort is made from.
+    """Returns a text that changes if anything changes that the cohort is made from.
 
-    These are the weights, the arithmetic, and which files there are with their sizes and times.
+    It depends on the weights, the arithmetic, and the files with their sizes and times.
     """
     versions = []
     for path in itertools.chain.from_iterable(files):
         try:
             status = os.stat(path)
-            # Its own time too: a copy may keep the time of the original.
+            # st_ctime too: a copy may keep the modification time of the original.
             versions.append((path, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
         except (OSError, ValueError):
-            # Reading it says what is wrong.
+            # The reader of audio will report this file.
             versions.append((path, None))
     counts = [len(paths) for paths in files]
     inputs = (system.precision, system.device.type, counts, versions)
@@ -251,7 +259,7 @@ def cohort_key(system, checkpoint, files):
 
 
 def read_cohort(path, key):
-    """The cohort in a file of load_cohort; None if there is none, or its key is another one."""
+    """Reads the cohort that load_cohort kept; None if there is none, or it has another key."""
     broken = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile)
     with contextlib.suppress(*broken), np.load(path) as kept:
         if str(kept['key']) == key:
@@ -263,9 +271,10 @@ def read_cohort(path, key):
 
 
 def score_lists(system, paths, trial_lists, cohort=None, top_n=None, subtract_mean=False):
-    """Scores what read_trial_lists returns; returns for each list {kind: Scored}.
+    """Scores trial lists with all kinds of scores of score_kinds.
 
-    cohort: what embed_speakers returns. The kinds are those of score_kinds.
+    paths, trial_lists: from read_trial_lists; cohort: from embed_speakers. Returns {kind: Scored}
+    for each list.
     """
     embeddings = system.embed_files(paths)
     results = []
@@ -284,7 +293,7 @@ def score_lists(system, paths, trial_lists, cohort=None, top_n=None, subtract_me
 def score_kinds(embeddings, pairs, cohort=None, top_n=None, subtract_mean=False):
     """Computes all kinds of scores of pairs (N, 2) of rows of embeddings (files, 2, D).
 
-    embeddings: what ECAPAModel.embed_files returns, or means of these; cohort: (speakers, 2, D).
+    embeddings: from ECAPAModel.embed_files, or means of these; cohort: (speakers, 2, D).
     Returns {kind: (N,)}: always 'raw'; with top_n also 'asnorm', by the top_n closest speakers of
     the cohort; with subtract_mean also 'centred'; with both also 'centred asnorm'.
     """
@@ -300,8 +309,8 @@ def score_kinds(embeddings, pairs, cohort=None, top_n=None, subtract_mean=False)
 def vectors_of_kinds(embeddings, cohort, subtract_mean):
     """Yields (kind, embeddings, cohort) for 'raw' and, with subtract_mean, for 'centred'.
 
-    'centred': subtract the cohort mean from both vectors of a file and normalise them; the same for
-    the cohort.
+    For 'centred', the mean of the cohort is subtracted from both vectors of files and of the
+    cohort, and the results are normalised.
     """
     yield 'raw', unit_whole(embeddings), cohort
     if subtract_mean:
@@ -320,11 +329,11 @@ def as_norm(scores, embeddings, pairs, cohort, top_n):
 
 
 def cohort_moments(embeddings, cohort, top_n):
-    """Computes mean and deviation of the top_n highest scores of each file against a cohort.
+    """Computes mean and standard deviation of each file's top_n highest scores against a cohort.
 
-    embeddings: (files, 2, D); cohort: (speakers, 2, D), scored against each file as a trial is,
-    all of them if they are fewer than top_n. Returns float32 (2, files). Raises BadInput if a file
-    scores the same against all of them.
+    embeddings: (files, 2, D); cohort: (speakers, 2, D), scored against each file like a trial. A
+    cohort with fewer than top_n speakers is used whole. Returns float32 (2, files). Raises BadInput
+    if a file has the same score against all of them.
     """
     top_n = min(top_n, len(cohort))
     speakers = torch.from_numpy(0.5 * cohort.reshape(len(cohort), -1)).T
@@ -346,8 +355,8 @@ def cohort_moments(embeddings, cohort, top_n):
     # Written so that NaN is refused too.
     if not moments[1].min() > 0:
         raise BadInput(
-            'the cohort cannot normalise: all its speakers score the same; give more speakers, or '
-            'more of them with --top_n'
+            'the cohort cannot normalise: all its speakers have the same score; give a list of '
+            'more speakers, or a larger --top_n'
         )
     return moments
 
@@ -356,9 +365,9 @@ def cohort_moments(embeddings, cohort, top_n):
 
 
 def add_intervals(results, trial_lists):
-    """Adds to each figure of score_lists' results its 'interval' of 95 %, [low, high].
+    """Adds the 'interval' of 95 %, [low, high], to each figure in the results of score_lists.
 
-    Prints a note for a list, or a figure, that has none.
+    Prints a note for each list or figure without an interval.
     """
     for trials, kinds in zip(trial_lists, results):
         if trials.speakers is None:
@@ -403,8 +412,8 @@ def draw_speakers(count, replicates=REPLICATES, seed=0):
 def replicate_figures(scores, labels, speakers, draws, title=None):
     """Computes FIGURES of replicates of a trial list, by a joint bootstrap over speakers.
 
-    scores, labels: (N,); speakers: int (N, 2), the two of each trial; draws: what draw_speakers
-    returns; title: of a progress bar. If a replicate draws a speaker c times, a target trial counts
+    scores, labels: (N,); speakers: int (N, 2), the two of each trial; draws: from draw_speakers;
+    title: of a progress bar. If a replicate draws a speaker c times, a target trial counts
     c times, and a non-target trial as often as the product of the c of its two speakers. So both
     sides of a trial vary, and trials that share a speaker vary together; compare the bootstrap of
     rows and columns of Owen, Annals of Applied Statistics, 2007.
@@ -413,7 +422,7 @@ def replicate_figures(scores, labels, speakers, draws, title=None):
     """
     _, is_target, ends, order = sort_by_score(scores, labels)
     first, second = np.asarray(speakers)[order].T
-    # A target trial counts by one of its sides only: the other is a speaker who is drawn once.
+    # The second side of a target trial must not count: -1 is a speaker who is always drawn once.
     second = np.where(is_target, -1, second)
 
     def figures_of(counts):
@@ -501,7 +510,7 @@ def expanded_quantile(speakers):
 
 
 def say_figures(results, trial_lists):
-    """Prints the figures of score_lists' results: a table with a row for each list and kind."""
+    """Prints a table of the results of score_lists: a row for each list and kind of scores."""
     for trials, kinds in zip(trial_lists, results):
         for kind, scored in kinds.items():
             if scored.scores.min() == scored.scores.max():
@@ -510,7 +519,7 @@ def say_figures(results, trial_lists):
 
 
 def figures_table(results, trial_lists):
-    """Returns the text of say_figures' table."""
+    """Formats the table of say_figures."""
     rows = [['list', 'kind', 'trials', 'speakers', *FIGURES]]
     for trials, kinds in zip(trial_lists, results):
         counts = [f'{len(trials.labels):,}', format_count(trials.speaker_count())]
@@ -521,7 +530,7 @@ def figures_table(results, trial_lists):
 
 
 def table(rows):
-    """Rows of cells as aligned lines of text."""
+    """Formats rows of cells as aligned lines of text."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
     for row in rows:
@@ -531,12 +540,12 @@ def table(rows):
 
 
 def format_count(count):
-    """The text of a number, '-' where it is not known."""
+    """Formats a number, '-' if it is not known."""
     return '-' if count is None else f'{count:,}'
 
 
 def format_figure(name, figures):
-    """The text of a figure in {name: {'value'}}, with its interval if it has one; '-' for none."""
+    """Formats a figure in {name: {'value'}} with its interval; '-' if it is not there."""
     if name not in figures:
         return '-'
     digits = 2 if name == 'EER' else 4
@@ -555,9 +564,9 @@ def format_figure(name, figures):
 
 
 def read_results(folder):
-    """Reads a folder's results.json: {trial list: its entry}, {} if there is none.
+    """Reads a folder's results.json: {trial list: entry}, {} if there is no such file.
 
-    write_results says what an entry holds. Raises BadInput if the file holds something else.
+    write_results lists the keys of an entry. Raises BadInput if the file holds something else.
     """
     path = os.path.join(folder, 'results.json')
     if not os.path.exists(path):
@@ -569,21 +578,22 @@ def read_results(folder):
             for name in ('figures', 'scores', 'trials', 'checkpoint'):
                 entry[name]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f'{path}: not what this --eval writes; move it away') from error
+        raise BadInput(f'{path}: this --eval did not write it; move it away') from error
     return lists
 
 
 def write_results(results, trial_lists, checkpoint, args):
-    """Writes SAVE_PATH/results.json, where other lists stay, and scores/LIST.txt for each list.
+    """Writes scores/LIST.txt in SAVE_PATH for each list, and adds the lists to its results.json.
 
-    results: what ECAPAModel.score_lists returns for trial_lists; checkpoint: {'path', 'sha256'}. A
-    line of scores is `label scores... enrolment test`, a score for each kind. If two lists have one
-    name, the second's file gets a number.
+    results: from score_lists, for trial_lists; checkpoint: {'path', 'sha256'}. A line of scores is
+    `label scores... enrolment test`, with a score for each kind. If two lists have the same name,
+    the file of the second gets a number.
     """
     os.makedirs(os.path.join(args.save_path, 'scores'), exist_ok=True)
     with one_at_a_time(args.save_path):
         lists = read_results(args.save_path)
         for trials, kinds in zip(trial_lists, results):
+            # Write the scores.
             path = scores_path(args.save_path, choose_scores_file(trials.path, lists))
             columns = [[f'{score:.6f}' for score in scored.scores] for scored in kinds.values()]
             lines = []
@@ -591,6 +601,8 @@ def write_results(results, trial_lists, checkpoint, args):
                 names = [trials.names[enrolment], trials.names[test]]
                 lines.append(' '.join([str(label), *scores, *names]) + '\n')
             write_text(path, ''.join(lines))
+
+            # Replace the entry of the list.
             for other in other_names(trials.path, lists):
                 del lists[other]
             lists[trials.path] = {
@@ -609,7 +621,7 @@ def write_results(results, trial_lists, checkpoint, args):
 
 
 def choose_scores_file(trial_list, lists):
-    """Chooses the file for a trial list's scores: its file so far, or one of a new name."""
+    """Chooses the file for the scores of a trial list: its earlier file, or a new name."""
     for name in (trial_list, *other_names(trial_list, lists)):
         if name in lists:
             return lists[name]['scores']
@@ -624,19 +636,19 @@ def choose_scores_file(trial_list, lists):
 
 
 def other_names(trial_list, lists):
-    """Returns the other paths of a trial list among those of a results.json, such as absolute."""
+    """Returns other paths in a results.json of the same trial list, for example absolute ones."""
     place = os.path.abspath(trial_list)
     return [path for path in lists if path != trial_list and os.path.abspath(path) == place]
 
 
 def scores_path(folder, scores):
-    """Returns where a folder's scores are: a results.json may come from another folder."""
+    """Returns the path of a file of scores; the folder may have been moved since it was written."""
     return os.path.join(folder, 'scores', os.path.basename(scores.replace('\\', '/')))
 
 
 @contextlib.contextmanager
 def one_at_a_time(folder):
-    """Processes that enter the block with one folder wait for each other, if its disk has locks."""
+    """Lets only one process at a time run the block for a folder, if its disk has locks."""
     handle = None
     with contextlib.suppress(ImportError, OSError):  # Windows has no such locks
         import fcntl
@@ -651,27 +663,28 @@ def one_at_a_time(folder):
 
 
 def read_list_scores(folder, trial_list, entry):
-    """Reads the scores of a trial list, by its entry in the folder's results.json.
+    """Reads the scores of a trial list, whose entry is in the folder's results.json.
 
-    Returns (labels (N,), {kind: scores (N,)}, names [(enrolment, test)]). Raises BadInput if they
-    are not the scores that the entry's figures were computed from.
+    Returns (labels (N,), {kind: scores (N,)}, names [(enrolment, test)]). Raises BadInput if the
+    figures of the entry were computed from other scores.
     """
     path = scores_path(folder, entry['scores'])
     labels, scores, names = read_trial_scores(path)
     kinds = list(entry['figures'])
     if scores.shape != (entry['trials'], len(kinds)):
         raise BadInput(f'{path}: other trials or kinds than results.json has; score it again')
+
     for kind, column in zip(kinds, scores.T):
         eer = entry['figures'][kind]['EER']['value']
-        # Each score was rounded to 6 digits, so a target may be 1e-6 closer to another trial than
-        # it was, or farther. The EER falls as targets rise: the true one is between these two.
+        # Scores are rounded to 6 digits, so a target may have moved by 1e-6 relative to others. The
+        # EER falls as targets rise, so the true EER lies between these two.
         rounding = 1.001e-6 * labels
         lowest = operating_points(column + rounding, labels)['EER']['value']
         highest = operating_points(column - rounding, labels)['EER']['value']
         if not lowest - 1e-6 <= eer <= highest + 1e-6:
             raise BadInput(
                 f'{path}: these {kind} scores have an EER of {highest:.4f}%, but results.json says '
-                f'{eer:.4f}%: they are of another evaluation, or an older version of this code '
+                f'{eer:.4f}%: they come from another evaluation, or an older version of this code '
                 f'wrote them; score {trial_list} again'
             )
     return labels, dict(zip(kinds, scores.T)), names

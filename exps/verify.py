@@ -1,11 +1,11 @@
-"""Says whether two recordings are of the same speaker.
+"""Decides whether two recordings are of the same speaker.
 
     python -m exps.verify one.wav other.wav --initial_model exps/exp1/model/model_0080.model
 
-prints their score, and decides by the calibration.json of the experiment, which exps.calibrate
-wrote; where there is none for this checkpoint, by the thresholds at the EER of the lists that
---eval scored it on. Give the options with which these were scored (--score_norm and so on). Any
-format, rate and number of channels that soundfile reads will do; what is converted is said.
+prints their score. It decides with the calibration.json of the experiment, which exps.calibrate
+wrote. If there is none for this checkpoint, it uses the thresholds at the EER of the lists that
+--eval scored. Give the options that were used then (--score_norm and so on). The recordings may
+have any format, rate and number of channels that soundfile reads; notes tell what is converted.
 """
 
 import argparse
@@ -31,7 +31,7 @@ DECISIONS = {True: 'the same speaker', False: 'different speakers'}
 
 
 def main(argv=None):
-    """Prints score and decision; exit status 2, with a sentence, where there can be none."""
+    """Runs the script; exit status 2, with a message, for input that cannot be used."""
     parser = argparse.ArgumentParser(
         prog='python -m exps.verify',
         description='Score two recordings, and decide.',
@@ -40,9 +40,9 @@ def main(argv=None):
     add = parser.add_argument
     add('recordings', nargs=2, metavar='WAV', help='two recordings')
     add('--p_target', type=in_range(float, 1e-6, 1 - 1e-6), default=0.5, help='prior: same speaker')
-    add('--c_miss', type=in_range(float, 1e-6), default=1.0, help='cost of rejecting the same one')
-    add('--c_fa', type=in_range(float, 1e-6), default=1.0, help='cost of accepting another one')
-    add('--save_path', help='folder of results.json and calibration.json; default: the run of it')
+    add('--c_miss', type=in_range(float, 1e-6), default=1.0, help='cost of a miss')
+    add('--c_fa', type=in_range(float, 1e-6), default=1.0, help='cost of a false acceptance')
+    add('--save_path', help='folder of results.json and calibration.json; default: the run')
     add_channel_option(parser)
     add_scoring_options(parser)
     args = parser.parse_args(argv)
@@ -52,6 +52,7 @@ def main(argv=None):
 
 def verify(args):
     """Prints the scores of two recordings, and the decision by a calibration or a threshold."""
+    # Compute the scores.
     system, checkpoint = load_model_of(args)
     cohort_files, top_n, subtract_mean = choose_normalisation(args)
     embeddings = system.embed_files(args.recordings, any_format=True, channel=args.channel)
@@ -60,6 +61,7 @@ def verify(args):
     for kind, (score,) in scores.items():
         print(f'{kind} score {score:.4f}'.removeprefix('raw '))
 
+    # Decide.
     folder, calibration, fault = find_calibration(args, checkpoint, scores)
     if calibration:
         decide(calibration, scores[calibration['kind']][0], args)
@@ -69,9 +71,9 @@ def verify(args):
 
 
 def find_calibration(args, checkpoint, scores):
-    """(Folder of the run of --initial_model, its calibration, '' or why that is not for scores).
+    """Finds the calibration for scores of --initial_model, in --save_path or the model's run.
 
-    The folder is --save_path, or else the one that holds score.txt and results.json.
+    Returns (folder, calibration, ''), or (folder, None, why there is none for these scores).
     """
     folder = args.save_path
     if not folder:
@@ -83,12 +85,12 @@ def find_calibration(args, checkpoint, scores):
         return folder, None, f'there is no calibration.json in {folder}; exps.calibrate writes it'
     fault = why_not_for(calibration, checkpoint, scores, args)
     if fault:
-        return folder, None, f'{folder}/calibration.json does not count: {fault}'
+        return folder, None, f'{folder}/calibration.json cannot be used: {fault}'
     return folder, calibration, ''
 
 
 def decide(calibration, score, args):
-    """Prints likelihood ratio, probability, and the decisions by costs and by false acceptances."""
+    """Prints likelihood ratio and probability, and decides by costs and by false acceptances."""
     ratio = calibration['weight'] * score + calibration['bias']
     fitted_on = calibration['list']
     print(
@@ -100,7 +102,7 @@ def decide(calibration, score, args):
 
     same = bool(ratio > math.log(args.c_fa / args.c_miss) - logit(args.p_target))
     print(
-        f'{DECISIONS[same]}, as a miss costs {args.c_miss:g} and a false acceptance {args.c_fa:g}'
+        f'{DECISIONS[same]}, if a miss costs {args.c_miss:g} and a false acceptance {args.c_fa:g}'
     )
     threshold = calibration['threshold']
     same = bool(ratio > threshold['ratio'])
@@ -109,7 +111,7 @@ def decide(calibration, score, args):
 
 
 def decide_by_threshold(folder, checkpoint, score):
-    """Prints the decisions at the EER thresholds of the lists that the checkpoint was scored on."""
+    """Decides by the EER threshold of each list that the checkpoint was scored on; prints it."""
     try:
         lists = read_results(folder)
     except BadInput as error:
@@ -121,11 +123,11 @@ def decide_by_threshold(folder, checkpoint, score):
             threshold = entry['figures']['raw']['EER']['threshold']
             print(
                 f'{DECISIONS[bool(score > threshold)]}, at the EER threshold of {path}, '
-                f'{threshold:.4f}; other recordings have another one'
+                f'{threshold:.4f}; other recordings need another threshold'
             )
             decided = True
     if not decided:
-        print('no threshold is known: --eval on trials of recordings like these finds one')
+        print('no threshold is known; find one by --eval on trials of recordings like these')
 
 
 if __name__ == '__main__':

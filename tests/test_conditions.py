@@ -348,7 +348,7 @@ def slow_scores(corpus, model):
 
 def test_without_a_calibration_there_are_scores_and_a_note(corpus, model, capsys):
     rows = run_identify(corpus, model)
-    assert 'raw scores alone, which decide nothing' in capsys.readouterr().err
+    assert 'note: only raw scores' in capsys.readouterr().err
     scores = slow_scores(corpus, model)
     for row, expected in zip(rows, scores):
         assert row['name'] == f'p{expected.argmax()}'
