@@ -55,6 +55,7 @@ from tools import (
 )
 
 RATE = 16000
+LOWEST_RATE = 1000  # of a recording that is resampled; a damaged header may say anything
 SPEEDS = (100, 90, 110)  # percent
 NOISE_SNR = {'noise': (0, 15), 'speech': (13, 20), 'music': (5, 15)}  # dB, of each clip
 NOISE_CLIPS = {'noise': (1, 1), 'speech': (3, 8), 'music': (1, 1)}  # fewest and most clips mixed in
@@ -1070,6 +1071,8 @@ def read_any(path, shortest=1, channel=None):
     """
     channel, notes = choose_channel(path, channel)
     with open_audio(path) as file:
+        if file.samplerate < LOWEST_RATE:
+            raise BadInput(f'{path}: its header says {file.samplerate} Hz, which cannot be speech')
         ratio = resampling_ratio(file.samplerate)
         mono = (one_channel(block, channel) for block in file.blocks(2**16))
         # An array grows in place; a list of blocks would need the memory twice.

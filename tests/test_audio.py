@@ -387,6 +387,13 @@ def test_unusual_rates_need_little_memory_and_are_said_to_be_inexact(tmp_path, r
     assert spectrum.argmax() * 16000 / len(audio) == pytest.approx(hertz, abs=0.6)
 
 
+@pytest.mark.parametrize('rate', [1, 7, 999])
+def test_a_header_with_an_impossible_rate_is_refused(tmp_path, rate):
+    path = write(tmp_path / 'x.wav', encode('WAV PCM_16', rate=rate))
+    with pytest.raises(BadInput, match=f'x.wav: .* {rate} Hz'):
+        read_any(path)
+
+
 def test_a_telephone_recording_is_said_to_score_lower(tmp_path, capsys):
     noise = np.random.default_rng(0).uniform(-0.5, 0.5, 32000)
     spectrum = np.fft.rfft(noise)
