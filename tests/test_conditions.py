@@ -121,16 +121,12 @@ def test_the_option_is_part_of_the_run(tree, capsys, short_crops):
     assert stop.value.code == 2
 
 
-def test_codecs_that_libsndfile_lacks_are_said_at_the_start(monkeypatch, capsys):
+def test_a_libsndfile_without_one_of_the_codecs_is_refused_at_the_start(monkeypatch):
+    """Or the same command would give another model on another machine."""
     unknown = Codec(8000, 'WAV', 'NO_SUCH_CODING')
     monkeypatch.setitem(dataLoader.TELEPHONE, 'gsm', unknown)
     usable_codecs.cache_clear()
-    assert 'gsm' not in usable_codecs()
-    assert 'lacks the codecs gsm' in capsys.readouterr().out
-    for name in INTERNET:
-        monkeypatch.setitem(dataLoader.INTERNET, name, unknown)
-    usable_codecs.cache_clear()
-    with pytest.raises(BadInput, match='has none of mp3, vorbis'):
+    with pytest.raises(BadInput, match='--codec.*gsm'):
         usable_codecs()
     usable_codecs.cache_clear()
 

@@ -22,11 +22,11 @@ from conftest import make_system, wave, write_wav
 
 import tools
 from dataLoader import (
+    can_start_processes,
     make_batches,
     parallel_map,
     train_loader,
     usable_processes,
-    why_no_processes,
 )
 from ECAPAModel import saved_models
 from tools import BadInput
@@ -239,12 +239,12 @@ def test_without_semaphores_the_command_reads_by_itself(monkeypatch, capsys):
         raise OSError(errno.EROFS, 'Read-only file system')
 
     monkeypatch.setattr('multiprocessing.Lock', fail)
-    why_no_processes.cache_clear()
+    can_start_processes.cache_clear()
     try:
         assert list(parallel_map(str, range(3), 2)) == ['0', '1', '2']
         assert list(parallel_map(str, range(3), 2)) == ['0', '1', '2']
     finally:
-        why_no_processes.cache_clear()
+        can_start_processes.cache_clear()
     assert capsys.readouterr().err.count('no loading processes') == 1
 
 

@@ -357,7 +357,7 @@ def test_bad_training_audio_is_replaced(tree, tmp_path, capsys, fault):
         folder = tmp_path / f'exp{n_cpu}'
         run({**tree, 'save_path': folder}, max_bad=10, n_cpu=n_cpu)
         log = capsys.readouterr().out
-        assert '1 of 12 training files cannot be used and will be replaced' in log
+        assert '--train_list: 1 of 12 files' in log
         assert len(re.findall(r'epoch \d, LR.*, 1 utterances replaced', log)) == 2
         (line,) = (folder / 'bad_audio.txt').read_text().splitlines()
         assert line.startswith(f'{path}: ') and reason in line

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from cli import command_line
 from conftest import wave, write_wav
 
 import dataLoader
 import trainECAPAModel
-from dataLoader import BadAudio, read_room, reverberate, train_loader
+from dataLoader import BadAudio, make_batches, read_room, reverberate, train_loader
 from tools import BadInput
 
 pytestmark = pytest.mark.usefixtures('short_crops')
@@ -75,6 +76,24 @@ def test_a_bad_noise_or_room_is_drawn_again_and_listed(tree, tmp_path, option, f
     assert lines and {line.split(': ')[0] for line in lines} == {bad}
     # The same draw gives the same crop, as a run that is continued needs it.
     assert all((dataset[3, index][0] == crops[72 + index]).all() for index in range(12))
+
+
+def test_a_bad_noise_in_a_loading_process_is_listed_and_replaced_the_same(tree, tmp_path):
+    bad = f'{tree["musan_path"]}/{PARTS["musan_path"]}'
+    write_wav(bad, SOUND[:3000], subtype='PCM_16')
+    batches = {}
+    for n_cpu in (0, 1):
+        listed = tmp_path / f'bad_audio{n_cpu}.txt'
+        write_wav(bad, SOUND[:3000], subtype='PCM_16')
+        dataset = make_dataset(tree, listed, augment=1.0)
+        write_cut(bad)
+        batches[n_cpu] = []
+        for epoch in range(1, 4):
+            loader = make_batches(dataset, 4, n_cpu)
+            loader.batch_sampler.epoch = epoch
+            batches[n_cpu] += [audio for audio, _ in loader]
+        assert {line.split(': ')[0] for line in listed.read_text().splitlines()} == {bad}
+    assert torch.equal(torch.stack(batches[0]), torch.stack(batches[1]))
 
 
 @pytest.mark.parametrize('option', PARTS)
