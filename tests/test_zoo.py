@@ -460,7 +460,7 @@ TRAIN_LINES = st.sampled_from(
 def test_training_lists(training, lines, newline):
     """Labels are the places of the speakers in their sorted set.
 
-    Other lines than `speaker path` are refused.
+    Other lines than `speaker path`, and bytes that are not text, are refused.
     """
     Path(training['train_list']).write_bytes(newline.join(lines))
     rows = [line.split() for line in lines if line.split()]
@@ -470,6 +470,8 @@ def test_training_lists(training, lines, newline):
     except BadInput as error:
         COUNTS['refused'] += 1
         assert '--train_list' in str(error)
+        if b'\x00' in b''.join(lines):
+            return
         assert not rows or any(len(row) != 2 for row in rows)
         bad = [number for number, line in enumerate(lines, 1) if len(line.split()) not in (0, 2)]
         assert all(f'line {number}:' in str(error) for number in bad)
