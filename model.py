@@ -135,7 +135,8 @@ class Encoder(nn.Module):
     """What all encoders share: log-mel features and SpecAugment, and the size of an embedding.
 
     A network derives from this class, has an entry in ENCODERS and defines `encode` and
-    `channels_of`, as ECAPA_TDNN does. It is made with the number of channels only.
+    `channels_of`, as ECAPA_TDNN does. It is made with the number of channels only. Its batch norms
+    are BatchNorm, also in 2-D networks: it sees the whole batch if several processes train.
     """
 
     embedding_size = 192
@@ -293,14 +294,16 @@ def encoder_of(state):
 
 
 def mask_of(frames, x):
-    """Returns the mask (B, 1, T) of x (B, bands, T): 1 in the first `frames` (B,) frames, else 0.
+    """Returns the mask of x, whose last dimension is time: 1 in the first `frames` (B,), else 0.
 
-    Returns None if frames is None: nothing is padded.
+    It has as many dimensions as x: (B, 1, T) for (B, channels, T), (B, 1, 1, T) for the maps of a
+    2-D network. Returns None if frames is None: nothing is padded.
     """
     if frames is None:
         return None
-    position = torch.arange(x.shape[2], device=x.device)
-    return (position < frames.view(-1, 1, 1)).to(x.dtype)
+    position = torch.arange(x.shape[-1], device=x.device)
+    frames = frames.view(-1, *[1] * (x.ndim - 1))
+    return (position < frames).to(x.dtype)
 
 
 def extend(x, step):
@@ -325,19 +328,19 @@ def mean_over_time(x, mask=None):
 def mean_and_variance(x, mask=None):
     """Returns mean and unbiased variance (B, channels) of x (B, channels, T) over time.
 
-    mask: as in mean_over_time.
+    mask: as in mean_over_time. The variance of a single frame is 0.
     """
     centre = mean_over_time(x, mask)
     if mask is not None:
         count = mask.sum(dim=2)
         square = (x - centre.unsqueeze(2)) ** 2
-        return centre, mean_over_time(square, mask) * count / (count - 1)
+        return centre, mean_over_time(square, mask) * count / (count - 1).clamp(min=1)
 
     # In training. Subtract a constant near the mean first: E[x²] - E[x]² loses its digits if the
     # mean is large.
     centre = centre.detach()
     offset, mean_square = Moments.apply(x - centre.unsqueeze(2))
-    variance = (mean_square - offset * offset) * (x.shape[2] / (x.shape[2] - 1))
+    variance = (mean_square - offset * offset) * (x.shape[2] / max(x.shape[2] - 1, 1))
     return centre + offset, variance
 
 
@@ -447,7 +450,9 @@ class BatchNorm(nn.BatchNorm1d):
     """
 
     def forward(self, input):
-        """Normalises (B, channels[, T]); in training, updates the running statistics."""
+        """Normalises (B, channels, ...); in training, updates the running statistics."""
+        if input.ndim > 3:
+            return self.forward(input.flatten(2)).view_as(input)
         together = dist.is_initialized() and dist.get_world_size() > 1
         if not self.training or not together:
             return super().forward(input)

@@ -338,7 +338,8 @@ def check_description(system, args):
     if found['n_class'] not in (0, system.n_class):
         raise BadInput(
             f'--loss {args.loss}: its checkpoints would be read as {found["loss"]} of '
-            f'{found["n_class"]} speakers; see classes_of in loss.py'
+            f'{found["n_class"]} speakers; see classes_of in loss.py, and give its tensors other '
+            'names'
         )
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from benchmark import step_traffic
 from conftest import portable_system, wave
 
-from model import BatchNorm, NormOfAll
+from model import ENCODERS, BatchNorm, NormOfAll
 from tools import process_count, process_rank, sum_over_processes
 
 # Largest relative errors: rounding to bfloat16 twice, a half of 2^-8 each.
@@ -16,9 +16,20 @@ BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
 MEANS = {torch.float32: (0, 1000), torch.bfloat16: (0, 10)}
 
 
+def map_norm(maps):
+    """(maps (B, channels, bands, T) normalised, running statistics) after a step of training."""
+    norm = BatchNorm(maps.shape[1])
+    return norm(maps).detach(), norm.state_dict()
+
+
 def norm(x, weight, bias):
     """(x normalised, mean, variance) of (B, channels, T)."""
     return NormOfAll.apply(x, weight, bias, 1e-5)
+
+
+def maps():
+    """A batch (8, 4, 5, 6) of a 2-D network."""
+    return 3 + torch.randn(8, 4, 5, 6, generator=torch.Generator().manual_seed(0))
 
 
 def norm_errors(dtype, norm=norm, device='cpu'):
@@ -88,6 +99,7 @@ def in_one_of_two(rank, folder):
         facts[f'errors {dtype}, compiled'] = norm_errors(dtype, compiled)
     for precision in ('fp32', 'bf16'):
         facts[precision] = one_step(precision)
+    facts['maps'] = map_norm(own_part(maps()))
     try:
         BatchNorm(4)(torch.randn(3 + rank, 4, 10))
     except RuntimeError as error:
@@ -124,6 +136,35 @@ def test_two_processes_take_the_step_of_one(two, precision, bound):
             error = (buffers_of_two[name].double() - buffer.double()).norm()
             assert error <= bound * buffer.double().norm(), name
             assert torch.equal(buffers_of_two[name], two[0][precision][1][name]), name
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_norm_of_the_whole_batch_in_a_2d_network(two):
+    torch_norm = torch.nn.BatchNorm2d(4)
+    normalised = torch_norm(maps()).detach()
+    both = torch.cat([facts['maps'][0] for facts in two])
+    torch.testing.assert_close(both, normalised, atol=1e-5, rtol=1e-5)
+    for facts in two:
+        torch.testing.assert_close(facts['maps'][1], torch_norm.state_dict())
+
+
+def test_one_process_has_the_norm_of_pytorch_in_a_2d_network():
+    torch_norm = torch.nn.BatchNorm2d(4)
+    normalised = torch_norm(maps()).detach()
+    ours, statistics = map_norm(maps())
+    torch.testing.assert_close(ours, normalised)
+    torch.testing.assert_close(statistics, torch_norm.state_dict())
+
+
+@pytest.mark.parametrize('encoder', ENCODERS)
+def test_the_batch_norms_of_an_encoder_see_all_processes(encoder):
+    """Others would keep different statistics in each process, of which only one's are saved."""
+    with torch.device('meta'):
+        modules = list(ENCODERS[encoder](64).modules())
+    norms = [
+        module for module in modules if isinstance(module, torch.nn.modules.batchnorm._NormBase)
+    ]
+    assert {type(norm) for norm in norms} <= {BatchNorm}
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from dataLoader import (
 )
 from ECAPAModel import describe
 from loss import LOSSES, AAMsoftmax
-from model import ENCODERS
+from model import ENCODERS, mask_of, mean_and_variance
 from tools import ComputeErrorRates, ComputeMinDcf, accuracy, score_pairs
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +109,22 @@ def test_padded_batches_equal_single_utterances(encoder, lengths):
         batch = encoder.encode(torch.cat(padded), torch.tensor(frames))
         alone = torch.cat([encoder.encode(x) for x in features])
     np.testing.assert_allclose(batch, alone, atol=2e-5)
+
+
+def test_a_mask_fits_the_maps_of_a_2d_network():
+    x = torch.ones(3, 4, 5, 6)
+    mask = mask_of(torch.tensor([1, 6, 4]), x)
+    assert (x * mask).sum(dim=3)[:, 3, 4].tolist() == [1, 6, 4]
+    assert mask[2, 0, 0].tolist() == [1, 1, 1, 1, 0, 0]
+
+
+def test_statistics_of_a_single_frame_are_finite():
+    """A network with strides over time leaves one frame of a short utterance."""
+    x = torch.tensor([[[2.0], [-1.0]]])
+    for mask in (None, torch.ones(1, 1, 1)):
+        mean, variance = mean_and_variance(x, mask)
+        assert mean.tolist() == [[2, -1]]
+        assert variance.tolist() == [[0, 0]]
 
 
 @pytest.mark.parametrize('loss', LOSSES)
