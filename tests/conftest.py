@@ -100,6 +100,29 @@ def weights(path):
     return state
 
 
+def assert_same_run(a, b):
+    """Two runs are equal bit for bit: score.txt, all weights, and the states beside them."""
+    assert Path(a, 'score.txt').read_bytes() == Path(b, 'score.txt').read_bytes()
+    names = sorted(path.name for path in Path(a, 'model').glob('*'))
+    assert names == sorted(path.name for path in Path(b, 'model').glob('*'))
+    for name in names:
+        first = torch.load(Path(a, 'model', name), weights_only=True)
+        second = torch.load(Path(b, 'model', name), weights_only=True)
+        assert_equal(first, second, name)
+
+
+def assert_equal(a, b, where):
+    """Nested dictionaries and lists of tensors and numbers are equal."""
+    if isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            assert_equal(a[key], b[key], f'{where} {key}')
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
 def write_wav(path, audio, rate=16000, subtype='FLOAT'):
     """Writes (samples,) or (samples, channels), and makes the folders; returns the path (str)."""
     path = Path(path)
@@ -171,3 +194,14 @@ def model(tmp_path):
     path.parent.mkdir(parents=True)
     make_system().save_parameters(path)
     return str(path)
+
+
+@pytest.fixture(scope='module')
+def small_evaluation(tmp_path_factory):
+    """Folder of a small evaluation for damage.py: eval/, trials.txt and a.model."""
+    # Not at the top, as damage.py itself imports this file.
+    from damage import make_small_evaluation
+
+    folder = tmp_path_factory.mktemp('evaluation')
+    make_small_evaluation(folder)
+    return folder

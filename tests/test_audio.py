@@ -15,7 +15,8 @@ import pytest
 import soundfile
 import torch
 import torchaudio
-from conftest import command_line, make_system, wave, write_wav
+from cli import command_line, refusal
+from conftest import make_system, wave, write_wav
 
 from dataLoader import (
     check_header,
@@ -453,15 +454,6 @@ def recordings(tmp_path):
 
 
 BAD = ['bad.wav', 'silent.wav', 'short.wav']
-
-
-def refusal(capsys, main, arguments):
-    """(Standard output, standard error) of a script that ends with status 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2
-    return capsys.readouterr()
 
 
 @pytest.mark.parametrize('n_cpu', [0, 2])

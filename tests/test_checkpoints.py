@@ -1,43 +1,22 @@
-"""Which checkpoints load, and what a run does whose checkpoints cannot be read."""
+"""Which checkpoints load, which are refused, and which can be averaged?"""
 
-import errno
-import os
-import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from cli import command_line
+from cli import refusal
 from conftest import make_system
+from damage import NAMES, assert_plain_scores, damage, many, outcome
+from hypothesis import given
+from hypothesis import strategies as st
 
-import tools
-import trainECAPAModel
-from ECAPAModel import load_model, newest_checkpoint, saved_models
-from tools import BadInput, read_scores
+from ECAPAModel import load_model
+from exps import average
+from tools import BadInput
 
 pytestmark = pytest.mark.usefixtures('short_crops')
-SMALL = {'C': 8, 'num_frames': 20, 'batch_size': 4, 'n_cpu': 0, 'max_epoch': 2, 'device': 'cpu'}
-
-
-@pytest.fixture
-def tree(tree):
-    """The corpus of conftest with two trials, as these tests evaluate often."""
-    trials = [f'{label} id1/session/00000.wav id{2 - label}/session/00001.wav' for label in (1, 0)]
-    Path(tree['eval_list']).write_text('\n'.join(trials) + '\n')
-    return tree
-
-
-def train(tree, *flags, **options):
-    trainECAPAModel.main(command_line(*flags, **{**SMALL, **tree, **options}))
-
-
-def refusal(capsys, tree, *flags, **options):
-    """The message that the command ends with; it must end with status 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        train(tree, *flags, **options)
-    assert stop.value.code == 2
-    return capsys.readouterr().err
 
 
 @pytest.fixture
@@ -45,19 +24,6 @@ def checkpoint(tmp_path):
     path = tmp_path / 'a.model'
     make_system().save_parameters(path)
     return path
-
-
-@pytest.fixture
-def two_epochs(tree):
-    """The corpus with a run of two epochs, and its folder of models."""
-    train(tree)
-    return tree, Path(tree['save_path'], 'model')
-
-
-def contents(folder):
-    """{path: bytes} of all files below a folder, the lock and the options of a run left out."""
-    files = [path for path in Path(folder).rglob('*') if path.is_file()]
-    return {path: path.read_bytes() for path in files if path.name != 'run.lock'}
 
 
 # Which names and which tensors.
@@ -121,123 +87,140 @@ def test_a_file_that_stands_for_a_checkpoint_is_named_with_the_remedy(tmp_path, 
 # The newest of a run.
 
 
-def test_checkpoints_are_ordered_by_their_epochs(tmp_path):
-    for epoch in (9999, 10000, 998):
-        (tmp_path / f'model_{epoch:04d}.model').touch()
-    assert list(saved_models(tmp_path).values()) == [10000, 9999, 998]
-
-
-def test_a_run_whose_checkpoints_are_all_damaged_is_refused(two_epochs, capsys):
-    """It began again from random weights, and the first test erased score.txt."""
-    tree, folder = two_epochs
-    cut_short = folder / 'model_0001.model'
-    cut_short.write_bytes(cut_short.read_bytes()[:9999])
-    zeros = folder / 'model_0002.model'
-    zeros.write_bytes(bytes(9999))
-    before = contents(tree['save_path'])
-    for flags in ([], ['--check', '--force']):
-        message = refusal(capsys, tree, *flags, max_epoch=3)
-        assert str(folder) in message and '--save_path' in message
-        assert 'model_0001.model' in message and 'model_0002.model' in message
-        assert contents(tree['save_path']) == before
-
-
-def fail(monkeypatch, ending, number):
-    """Lets open() of all files with an ending fail with an error of the system."""
-
-    def refuse(path, *args, **kwargs):
-        if str(path).endswith(ending):
-            raise OSError(number, os.strerror(number), str(path))
-        return original(path, *args, **kwargs)
-
-    original = open
-    monkeypatch.setattr('builtins.open', refuse)
-
-
-@pytest.mark.parametrize('file', ['model_0002.model', 'model_0002.state', 'score.txt'])
-def test_an_error_that_is_not_damage_ends_the_command_at_once(
-    two_epochs, capsys, monkeypatch, file
-):
-    """The file may be whole: a checkpoint before it, or none, would be a silent loss."""
-    tree, _ = two_epochs
-    before = contents(tree['save_path'])
-    for number in (errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOMEM):
-        with monkeypatch.context() as patch:
-            fail(patch, file, number)
-            message = refusal(capsys, tree, max_epoch=3)
-        assert file in message and os.strerror(number) in message
-        assert 'model_0001' not in message
-        assert contents(tree['save_path']) == before
-
-
-@pytest.mark.parametrize(
-    'error', [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
-)
-def test_too_little_memory_is_not_damage(two_epochs, capsys, monkeypatch, error):
-    tree, folder = two_epochs
-
-    def refuse(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(torch, 'load', refuse)
-    with pytest.raises(type(error)):
-        newest_checkpoint(str(folder))
-    assert capsys.readouterr().err == ''
-
-
-def test_a_folder_of_models_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
-    def refuse(path):
-        raise PermissionError(errno.EACCES, 'Permission denied', path)
-
-    monkeypatch.setattr(os, 'listdir', refuse)
-    with pytest.raises(BadInput, match=re.escape(str(tmp_path))):
-        newest_checkpoint(str(tmp_path))
-
-
-def test_a_damaged_state_beside_the_only_model_costs_the_optimiser_only(two_epochs, capsys):
-    tree, folder = two_epochs
-    (folder / 'model_0001.model').unlink()
-    (folder / 'model_0002.state').write_bytes(b'damaged')
-    path, _, state = newest_checkpoint(str(folder))
-    assert path.endswith('model_0002.model') and state == {'epoch': 2}
-    message = capsys.readouterr().err
-    assert message.count('model_0002.state') == 1
-
-
 # score.txt.
 
 
-def test_score_txt_never_gets_shorter(tree):
-    """After the loss of the newest checkpoints the lines of their epochs stay until they return."""
-    train(tree, max_epoch=4)
-    path = Path(tree['save_path'], 'score.txt')
-    whole = path.read_bytes()
-    Path(tree['save_path'], 'model/model_0004.model').write_bytes(b'damaged')
-    Path(tree['save_path'], 'model/model_0003.model').write_bytes(b'damaged')
-    train(tree, max_epoch=3)
-    assert [score[0] for score in read_scores(path)] == [1, 2, 3, 4]
-    assert path.read_bytes().splitlines()[3] == whole.splitlines()[3]
-    train(tree, max_epoch=5)
-    assert [score[0] for score in read_scores(path)] == [1, 2, 3, 4, 5]
+# Averages.
 
 
-def test_a_score_txt_without_any_checkpoint_is_refused(two_epochs, capsys):
-    """The run would begin again, and its first test would replace the old run's scores."""
-    tree, folder = two_epochs
-    for path in folder.iterdir():
-        path.unlink()
-    before = contents(tree['save_path'])
-    message = refusal(capsys, tree)
-    assert 'score.txt' in message and str(folder) in message
-    assert contents(tree['save_path']) == before
+@pytest.mark.parametrize('name', ['speaker_encoder.bn1.num_batches_tracked', 'speaker_loss.weight'])
+def test_only_tensors_of_one_type_are_averaged(model, tmp_path, capsys, name):
+    """An integer one and the half of another would be added."""
+    state = torch.load(model)
+    other_type = torch.float32
+    if state[name].is_floating_point():
+        other_type = torch.int64
+    state[name] = state[name].to(other_type)
+    other = str(tmp_path / 'other.model')
+    torch.save(state, other)
+    out = str(tmp_path / 'out.model')
+    for models in ([model, other], [other, model]):
+        assert models[1] in refusal(capsys, average.main, [*models, '--out', out])
+        assert not Path(out).exists()
 
 
-def test_the_best_error_rate_is_that_of_the_epochs_before(tree):
-    train(tree, max_epoch=3)
-    path = Path(tree['save_path'], 'score.txt')
-    lines = path.read_text().splitlines(keepends=True)
-    lines[2] = tools.SCORE_LINE % (3, 0.001, 1, 1, 0.5, 0.5)
-    path.write_text(''.join(lines))
-    Path(tree['save_path'], 'model/model_0003.model').write_bytes(b'damaged')
-    train(tree, max_epoch=3)
-    assert read_scores(path)[2][5] != 0.5
+def test_a_checkpoint_is_averaged_once(model, tmp_path, capsys):
+    out = str(tmp_path / 'out.model')
+    again = model.replace('/model/', '/./model/')
+    assert 'MODELS' in refusal(capsys, average.main, [model, again, '--out', out])
+    assert not Path(out).exists()
+
+
+def test_an_encoder_of_another_size_is_refused(checkpoint):
+    system = make_system(C=16)
+    before = {name: tensor.clone() for name, tensor in system.state_dict().items()}
+    with pytest.raises(BadInput, match='a.model.*8.*16'):
+        system.load_parameters(checkpoint)
+    for name, tensor in system.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+# Damaged and foreign files.
+
+
+@many(50)
+@given(data=st.data())
+def test_damaged_checkpoints(small_evaluation, capsys, data):
+    """A damaged checkpoint scores as the whole one or not at all.
+
+    It scores where the damage is in a byte that nothing reads.
+    """
+    good = (small_evaluation / 'a.model').read_bytes()
+    at_the_head = damage(good, header=4000)
+    at_the_tail = damage(good[::-1], header=9000).map(lambda content: content[::-1])
+    path = small_evaluation / 'damaged.model'
+    path.write_bytes(data.draw(at_the_head | at_the_tail))
+
+    lines, message = outcome(small_evaluation, capsys, initial_model=path)
+    if lines is None:
+        assert 'damaged.model' in message
+    else:
+        assert_plain_scores(small_evaluation, lines)
+
+
+class Payload:
+    """A pickle that runs code when it is loaded."""
+
+    def __reduce__(self):
+        return exec, ('raise SystemError("executed")',)
+
+
+WEIGHT = 'speaker_encoder.layer1.conv1.weight'
+
+
+def tamper(change):
+    """Writes a checkpoint with the state dict of the whole one, after change(state).
+
+    What `change` returns, if anything, takes the place of the state dict.
+    """
+
+    def make(folder, path):
+        state = torch.load(folder / 'a.model', weights_only=True)
+        changed = change(state)
+        if changed is not None:
+            state = changed
+        torch.save(state, path)
+
+    return make
+
+
+def other_channels(state):
+    state['speaker_encoder.conv1.weight'] = torch.zeros(16, 80, 5)
+
+
+def a_tensor_more(state):
+    state['speaker_encoder.extra'] = torch.zeros(1)
+
+
+def a_tensor_less(state):
+    del state[WEIGHT]
+
+
+def a_nan(state):
+    state[WEIGHT].view(-1)[3] = float('nan')
+
+
+def an_infinity(state):
+    state[WEIGHT].view(-1)[3] = float('inf')
+
+
+def old_code(folder, path):
+    torch.save(Payload(), path, _use_new_zipfile_serialization=False)
+
+
+FOREIGN = {
+    'empty': lambda folder, path: path.write_bytes(b''),
+    'audio': lambda folder, path: shutil.copy(folder / 'eval' / NAMES[0], path),
+    'an archive': lambda folder, path: np.savez(open(path, 'wb'), a=1),
+    'code': lambda folder, path: torch.save({'a': Payload()}, path),
+    'old code': old_code,
+    'a list': lambda folder, path: torch.save([1], path),
+    'a module': lambda folder, path: torch.save(torch.nn.Linear(2, 2), path),
+    'nested': tamper(lambda state: {'model': state}),
+    'other channels': tamper(other_channels),
+    'a tensor more': tamper(a_tensor_more),
+    'a tensor less': tamper(a_tensor_less),
+    'a NaN': tamper(a_nan),
+    'an infinity': tamper(an_infinity),
+}
+NAMED = {'a tensor more': 'extra', 'a tensor less': WEIGHT, 'a NaN': WEIGHT, 'an infinity': WEIGHT}
+
+
+@pytest.mark.parametrize('kind', FOREIGN)
+def test_a_foreign_checkpoint_is_refused(small_evaluation, capsys, kind):
+    path = small_evaluation / 'damaged.model'
+    path.unlink(missing_ok=True)
+    FOREIGN[kind](small_evaluation, path)
+    lines, message = outcome(small_evaluation, capsys, initial_model=path)
+    assert lines is None
+    assert path.name in message and NAMED.get(kind, '') in message

@@ -191,8 +191,7 @@ def test_too_little_shared_memory_is_said(tree, monkeypatch, capfd):
 
     monkeypatch.setattr('dataLoader.default_collate', fail)
     monkeypatch.setattr('torch.Tensor.share_memory_', fail)
-    names = ('train_list', 'train_path', 'musan_path', 'rir_path')
-    dataset = train_loader(**{name: tree[name] for name in names}, num_frames=20)
+    dataset = train_loader(**tree, num_frames=20)
     files = [str(path) for path in Path(tree['eval_path']).rglob('*.wav')]
     for use in (
         lambda: list(make_batches(dataset, 4, n_cpu=1)),
@@ -249,8 +248,7 @@ def test_without_semaphores_the_command_reads_by_itself(monkeypatch, capsys):
 
 
 def test_the_number_of_helpers_is_bounded(tree):
-    names = ('train_list', 'train_path', 'musan_path', 'rir_path')
-    dataset = train_loader(**{name: tree[name] for name in names}, num_frames=20)
+    dataset = train_loader(**tree, num_frames=20)
     assert make_batches(dataset, 4, n_cpu=5000).num_workers == 3, 'the batches of an epoch'
     assert usable_processes(5000, 10**6) <= max(64, tools.available_cpus())
     assert usable_processes(3, 10**6) == 3
@@ -277,3 +275,41 @@ def test_a_log_that_cannot_be_written_does_not_end_a_training(tree, redirection)
     command = f'{command} {redirection}; exit ${{PIPESTATUS[0]}}'
     assert subprocess.run(['bash', '-c', command], cwd=ROOT).returncode == 0
     assert Path(tree['save_path'], 'model/model_0001.model').exists()
+
+
+def test_an_interrupt_is_obeyed_while_a_batch_is_awaited(tree):
+    """The loading process would sleep for an hour."""
+
+    class Asleep(train_loader):
+        def __getitem__(self, index):
+            time.sleep(3600)
+
+    dataset = Asleep(**tree, num_frames=20)
+    loader = make_batches(dataset, 4, n_cpu=1)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    timer = threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            timer.start()
+            make_system().train_network(1, loader)
+    finally:
+        timer.join()
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    'sign, remedy',
+    [
+        ('CUDA out of memory', '--accumulate'),
+        ('CUBLAS_STATUS_ALLOC_FAILED', '--batch_size'),
+        ("can't allocate memory", '--accumulate'),
+    ],
+)
+def test_too_little_memory_is_no_traceback(capsys, sign, remedy):
+    with pytest.raises(SystemExit) as stop, tools.exit_on_bad_input():
+        raise RuntimeError(f'Something about {sign}, at length')
+    with pytest.raises(RuntimeError), tools.exit_on_bad_input():
+        raise RuntimeError('Caught RuntimeError in DataLoader worker process 0: a mistake')
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert sign in message and remedy in message

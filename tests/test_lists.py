@@ -2,11 +2,17 @@
 
 import errno
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import soundfile
+from cli import refusal, train
 from conftest import wave, write_wav
+from damage import NAMES, PAIRS, assert_plain_scores, damage, many, outcome, trial_line
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dataLoader import check_lists, read_trial_lists, require, train_loader
 from tools import BadInput
@@ -211,3 +217,198 @@ def test_a_file_that_cannot_be_reached_is_not_called_missing(tmp_path, monkeypat
     monkeypatch.setattr(os, 'stat', refuse)
     with pytest.raises(BadInput, match=f'--eval_list: .*{os.strerror(errno.EACCES)}'):
         require(os.path.isfile, str(tmp_path / 'none'), '--eval_list')
+
+
+def test_up_to_twenty_bad_lines_are_shown(tree, capsys):
+    lines = 10 * Path(tree['eval_list']).read_text().splitlines()
+    lines[1::2] = [f'x{line}' for line in lines[1::2]]
+    write(tree['eval_list'], lines)
+    message = refusal(capsys, train, tree)
+    shown = [int(number) for number in re.findall(r'trials.txt, line (\d+)', message)]
+    assert shown == list(range(2, 42, 2))
+
+
+def test_models_may_be_called_as_labels_are(tree, tmp_path):
+    write(tmp_path / 'models.txt', [f'0 {NAME(1, 0)}', f'1 {NAME(2, 0)}'])
+    write(tmp_path / 'first.txt', [f'1 0 {NAME(1, 1)}', f'0 1 {NAME(1, 0)}'])
+    write(tmp_path / 'last.txt', [f'0 {NAME(1, 1)} 1', f'1 {NAME(1, 0)} 0'])
+    lists = [str(tmp_path / f'{name}.txt') for name in ('first', 'last')]
+    _, found = read_trial_lists(lists, [tree['eval_path']], str(tmp_path / 'models.txt'))
+    assert [trials.labels.tolist() for trials in found] == [[1, 0], [1, 0]]
+    assert found[0].names == found[1].names == ['0', NAME(1, 1), '1', NAME(1, 0)]
+
+
+@pytest.mark.parametrize('encoding', ['utf-16-le', 'utf-16-be'])
+@pytest.mark.parametrize('name', ['train_list', 'eval_list'])
+def test_a_list_in_utf_16_is_named_as_such(tree, capsys, name, encoding):
+    """As PowerShell writes it."""
+    path = Path(tree[name])
+    path.write_bytes(('\ufeff' + path.read_text()).encode(encoding))
+    message = refusal(capsys, train, tree)
+    assert f'--{name}' in message and str(path) in message
+
+
+# Lists drawn at random.
+
+
+FIRST = NAMES[0].encode()
+
+
+SECOND = NAMES[1].encode()
+
+
+THIRD = NAMES[2].encode()
+
+
+LINES = st.sampled_from(
+    [trial_line(a, b).encode() for a, b in PAIRS]
+    + [
+        b'',
+        b'  ',
+        b'\t',
+        b'1',
+        b'1 %b' % FIRST,
+        b'2 %b %b' % (FIRST, SECOND),
+        b'yes %b %b' % (FIRST, SECOND),
+        b'1.0 %b %b' % (FIRST, SECOND),
+        b'1\t%b\t%b' % (FIRST, SECOND),
+        b' 0  %b  %b ' % (SECOND, THIRD),
+        b'1 %b %b %b' % (FIRST, SECOND, THIRD),
+        b'1 /etc/passwd %b' % FIRST,
+        b'0 nowhere.wav nowhere.wav',
+        b'1 \xff\xfe.wav %b' % FIRST,
+        '0 größe.wav été.wav'.encode(),
+        b'\x00\x00\x00',
+        b'# a comment',
+        b'1 "id1/with space.wav" %b' % FIRST,
+        b'\xef\xbb\xbf1 %b %b' % (FIRST, SECOND),
+        b'1 ./%b ../eval/%b' % (FIRST, SECOND),
+        b'1 id1 id2',
+    ]
+)
+
+
+@many(60)
+@given(
+    lines=st.lists(LINES, max_size=8),
+    newline=st.sampled_from([b'\n', b'\r\n']),
+    last=st.booleans(),
+)
+def test_trial_lists(small_evaluation, capsys, lines, newline, last):
+    """A list is scored if str.split finds trials in it.
+
+    These are three fields in every line that has any: labels 1 and 0, and files. last: whether the
+    last line is ended, too.
+    """
+    content = newline.join(lines)
+    if last:
+        content += newline
+    assert check_trial_list(small_evaluation, capsys, content) == is_trial_list(content)
+
+
+@many(30)
+@given(data=st.data())
+def test_damaged_trial_lists(small_evaluation, capsys, data):
+    good = (small_evaluation / 'trials.txt').read_bytes()
+    content = data.draw(damage(good, header=60))
+    assert check_trial_list(small_evaluation, capsys, content) == is_trial_list(content)
+
+
+def trial_rows(content):
+    """Fields of each line that has any."""
+    return [line.split() for line in content.split(b'\n') if line.split()]
+
+
+def is_trial_list(content):
+    """Whether these bytes are trials of both kinds among files that exist."""
+    existing = {f'{folder}{name}'.encode() for name in NAMES for folder in ('', './', '../eval/')}
+    labels = set()
+    for row in trial_rows(content):
+        label, *names = row
+        if len(names) != 2 or not existing.issuperset(names):
+            return False
+        labels.add(label)
+    return labels == {b'0', b'1'}
+
+
+def check_trial_list(small_evaluation, capsys, content):
+    """--eval of a list of these bytes gives the plain scores, line by line, or a sentence.
+
+    Returns whether it gives scores.
+    """
+    path = small_evaluation / 'list.txt'
+    path.write_bytes(content)
+    lines, message = outcome(small_evaluation, capsys, eval_list=path)
+    if lines is None:
+        assert 'list.txt' in message or '--eval_list' in message
+        return False
+
+    trials = []
+    for line in lines:
+        label, _, enrolment, test = line.split()
+        trials.append([label.encode(), enrolment.encode(), test.encode()])
+    assert trials == trial_rows(content)
+    assert_plain_scores(small_evaluation, lines)
+    return True
+
+
+@pytest.fixture(scope='module')
+def training(tmp_path_factory):
+    """Options of a training set of four utterances by two speakers, and its list's lines."""
+    folder = tmp_path_factory.mktemp('training')
+    augmentation = ['musan/noise/a.wav', 'musan/speech/a.wav', 'musan/music/a.wav', 'rirs/a.wav']
+    utterances = [f'train/{name}' for name in NAMES]
+    for name in [*augmentation, *utterances]:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, wave(1, 9000), 16000, subtype='PCM_16')
+
+    return {
+        'train_list': str(folder / 'train.txt'),
+        'train_path': str(folder / 'train'),
+        'musan_path': str(folder / 'musan'),
+        'rir_path': str(folder / 'rirs'),
+    }
+
+
+TRAIN_LINES = st.sampled_from(
+    [f'{name[:3]} {name}'.encode() for name in NAMES]
+    + [
+        b'',
+        b' \t',
+        b'id1',
+        b'id1 a b',
+        b'id\xff\xfe x.wav',
+        'ötzi é.wav'.encode(),
+        b'id1\t%b' % FIRST,
+        b'  id2   %b  ' % THIRD,
+        b'\x00 \x00',
+        b'id1 "a b.wav"',
+    ]
+)
+
+
+@many(60)
+@given(lines=st.lists(TRAIN_LINES, max_size=8), newline=st.sampled_from([b'\n', b'\r\n']))
+def test_training_lists(training, lines, newline):
+    """Labels are the places of the speakers in their sorted set.
+
+    Other lines than `speaker path` are refused.
+    """
+    Path(training['train_list']).write_bytes(newline.join(lines))
+    rows = [line.split() for line in lines if line.split()]
+
+    try:
+        dataset = train_loader(**training, num_frames=20)
+    except BadInput as error:
+        assert '--train_list' in str(error)
+        assert not rows or any(len(row) != 2 for row in rows)
+        bad = [number for number, line in enumerate(lines, 1) if len(line.split()) not in (0, 2)]
+        assert all(f'line {number}:' in str(error) for number in bad)
+        return
+
+    assert all(len(row) == 2 for row in rows)
+    speakers = sorted({speaker for speaker, _ in rows})
+    assert dataset.labels.tolist() == [speakers.index(speaker) for speaker, _ in rows]
+    names = [name.decode('utf-8', 'surrogateescape') for _, name in rows]
+    assert [dataset.names[i] for i in range(len(dataset))] == names

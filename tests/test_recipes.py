@@ -18,7 +18,7 @@ from ECAPAModel import ECAPAModel, describe
 from exps import average
 from loss import LOSSES
 from model import ECAPA_TDNN, ENCODERS
-from tools import HARMLESS, options_for, read_scores
+from tools import options_for, read_scores
 
 pytestmark = pytest.mark.usefixtures('short_crops')
 ROOT = Path(__file__).parents[1]
@@ -28,37 +28,6 @@ SMALL = {'C': 8, 'num_frames': 20, 'batch_size': 4, 'n_cpu': 0, 'device': 'cpu'}
 
 def run(*flags, **options):
     trainECAPAModel.main(command_line(*flags, **{**SMALL, **options}))
-
-
-def test_every_option_counts_when_a_run_is_continued_unless_it_is_harmless(tree):
-    parser = trainECAPAModel.make_parser()
-    args = parser.parse_args(command_line(**SMALL, **tree, schedule='cosine'))
-    args.command = ''
-    identity = trainECAPAModel.prepare(args).identity
-    options = set(vars(args))
-    assert set(identity) == options - HARMLESS
-    added_by_the_command = {'command', 'score_save_path', 'model_save_path'}
-    assert HARMLESS - added_by_the_command < options
-
-
-def test_a_run_of_an_earlier_version_is_continued(tree, capsys):
-    """Its .state knows 30 options; the others count from the next checkpoint on."""
-    run(**tree, max_epoch=1)
-    path = f'{tree["save_path"]}/model/model_0001.state'
-    state = torch.load(path, weights_only=True)
-    state['identity'] = {name: state['identity'][name] for name in EARLIER}
-    torch.save(state, path)
-    run(**tree, max_epoch=2)
-    assert len(read_scores(f'{tree["save_path"]}/score.txt')) == 2
-
-
-EARLIER = [
-    'num_frames', 'batch_size', 'test_step', 'accumulate', 'freeze_epochs', 'lr', 'lr_decay',
-    'm', 's', 'seed', 'initial_model', 'optimizer', 'weight_decay', 'clip', 'schedule',
-    'min_lr', 'warmup', 'augment', 'no_specaug', 'margin_from', 'margin_epochs',
-    'speed_perturb', 'C', 'n_class', 'precision', 'train_list', 'eval_list', 'codec',
-    'musan_path', 'rir_path',
-]  # fmt: skip
 
 
 class Longer(ECAPA_TDNN):
@@ -217,67 +186,6 @@ def test_an_optimiser_step_with_clipping(optimizer):
     # A step of Adam hardly depends on the size of a gradient, so a tiny one of another sign shows.
     assert moved > 0
     assert difference < 0.01 * moved
-
-
-def stop_before(monkeypatch, last):
-    """Has training stop, with RuntimeError, before the epoch `last`."""
-    train_network = ECAPAModel.train_network
-
-    def stopped(system, epoch, loader):
-        if epoch == last:
-            raise RuntimeError('stopped')
-        return train_network(system, epoch, loader)
-
-    monkeypatch.setattr(ECAPAModel, 'train_network', stopped)
-
-
-def test_a_restart_in_the_middle_of_the_ramp_changes_nothing(tree, tmp_path):
-    """Margin and rate move with every step; a run that stops in between ends with the same bits."""
-    recipe = [f'@{ROOT}/exps/recipes/strong.txt', '--margin_epochs', '1', '3', '--warmup', '0.5']
-    folders = [str(tmp_path / name) for name in ('straight', 'stopped')]
-    options = {**tree, 'max_epoch': 4, 'test_step': 1}
-    run(*recipe, **{**options, 'save_path': folders[0]})
-    with pytest.MonkeyPatch.context() as patch:
-        stop_before(patch, 3)
-        with pytest.raises(RuntimeError, match='stopped'):
-            run(*recipe, **{**options, 'save_path': folders[1]})
-    assert [score[0] for score in read_scores(folders[1] + '/score.txt')] == [1, 2]
-    run(*recipe, **{**options, 'save_path': folders[1]})
-
-    straight, stopped = (Path(folder, 'score.txt').read_text() for folder in folders)
-    assert straight == stopped
-    assert straight.count('\n') == 4
-    models = [weights(f'{folder}/model/model_0004.model') for folder in folders]
-    for name, tensor in models[0].items():
-        assert torch.equal(tensor, models[1][name])
-    momenta = []
-    for folder in folders:
-        state = torch.load(f'{folder}/model/model_0004.state', weights_only=True)['optim']['state']
-        momenta.append([entry['momentum_buffer'] for entry in state.values()])
-    assert len(momenta[0]) > 50
-    assert all(torch.equal(a, b) for a, b in zip(*momenta))
-
-
-def test_frozen_epochs_with_sgd_and_forced_changes(tree, capsys):
-    """The encoder's momentum begins later than the classifier's; --force applies what it says."""
-    options = {**tree, 'freeze_epochs': 1}
-    run(**options, optimizer='sgd', max_epoch=2)
-    run('--force', **options, optimizer='sgd', max_epoch=3, weight_decay=0.5)
-    path = f'{tree["save_path"]}/model/model_0003.state'
-    state = torch.load(path, weights_only=True)['optim']
-    assert state['param_groups'][0]['weight_decay'] == 0.5
-    with pytest.raises(SystemExit) as stop:
-        run('--force', **options, optimizer='adam', max_epoch=4)
-    assert stop.value.code == 2
-    assert 'give the --optimizer it began with' in capsys.readouterr().err
-
-
-def test_a_cosine_is_not_continued_to_another_end(tree, capsys):
-    run(**tree, schedule='cosine', max_epoch=1)
-    with pytest.raises(SystemExit) as stop:
-        run(**tree, schedule='cosine', max_epoch=2)
-    assert stop.value.code == 2
-    assert '--max_epoch 2 (was 1)' in capsys.readouterr().err
 
 
 def test_two_stages_with_the_average_between(tree, tmp_path, capsys):

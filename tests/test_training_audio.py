@@ -7,39 +7,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cli import command_line
-from conftest import wave, write_wav
+from cli import refusal, train
+from conftest import assert_same_run, wave, write_wav
 
 import dataLoader
-import trainECAPAModel
 from dataLoader import BadAudio, make_batches, read_room, reverberate, train_loader
 from tools import BadInput
 
-pytestmark = pytest.mark.usefixtures('short_crops')
+pytestmark = pytest.mark.usefixtures('short_crops', 'few_trials')
 SOUND = 0.1 * np.random.default_rng(0).standard_normal(20000)
-SMALL = {'C': 8, 'num_frames': 20, 'batch_size': 4, 'n_cpu': 0, 'device': 'cpu'}
+UTTERANCE = 'id1/session/00001.wav'
 PARTS = {
     'musan_path': 'noise/source/recording/00000.wav',
     'rir_path': 'smallroom/Room001/Room001-00000.wav',
 }
 
 
-def run(tree, *flags, **options):
-    trainECAPAModel.main(command_line(*flags, **{**SMALL, **tree, **options}))
-
-
-def refusal(capsys, tree, *flags, **options):
-    """What the command prints on standard error when it ends with status 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run(tree, *flags, **options)
-    assert stop.value.code == 2
-    return capsys.readouterr().err
-
-
 def make_dataset(tree, bad_audio=None, **options):
-    names = ('train_list', 'train_path', 'musan_path', 'rir_path')
-    dataset = train_loader(**{name: tree[name] for name in names}, num_frames=20, **options)
+    dataset = train_loader(**tree, num_frames=20, **options)
     if bad_audio:
         dataset.bad_audio = BadAudio(str(bad_audio), 100, dataset.count_folders())
     return dataset
@@ -55,7 +40,7 @@ BAD = {
     'empty': lambda path: write_wav(path, SOUND[:0], subtype='PCM_16'),
     '8 kHz': lambda path: write_wav(path, SOUND, rate=8000),
     'stereo, 48 kHz': lambda path: write_wav(path, np.stack([SOUND, SOUND], axis=1), rate=48000),
-    'not finite': lambda path: write_wav(path, SOUND * np.inf),
+    'not finite': lambda path: write_wav(path, SOUND * np.nan),
     'cut short': write_cut,
     'text': lambda path: Path(path).write_text('<html>not found</html>'),
     'gone': lambda path: Path(path).unlink(),
@@ -118,9 +103,9 @@ def test_bad_noises_and_rooms_count_to_max_bad_of_their_folder(tree, capsys, opt
 
     monkeypatch.setattr(train_loader, 'read_or_replace', spoil)
     options = {'max_epoch': 4, 'batch_size': 12, 'augment': 1, 'test_step': 4}
-    run({**tree, 'save_path': f'{tree["save_path"]}1'}, max_bad=90, **options)
+    train(tree, save_path=f'{tree["save_path"]}1', max_bad=90, **options)
     spoilt.clear()
-    message = refusal(capsys, tree, max_bad=0.1, **options)
+    message = refusal(capsys, train, tree, max_bad=0.1, **options)
     assert '--max_bad 0.1%' in message
     assert re.search(rf'\d of {files} ', message)
     assert str(folder) in message
@@ -177,7 +162,7 @@ def test_a_room_whose_direct_sound_is_late_is_refused(tmp_path, delay, usable):
 def test_a_late_room_is_found_by_check_and_never_used(tree, tmp_path, capsys):
     late = Path(tree['rir_path'], 'smallroom/Room001/late.wav')
     write_wav(late, room(2.5), subtype='PCM_16')
-    assert 'late.wav' in refusal(capsys, tree, '--check')
+    assert 'late.wav' in refusal(capsys, train, tree, '--check')
     dataset = make_dataset(tree, tmp_path / 'bad_audio.txt')
     rng = random.Random(0)
     for _ in range(20):
@@ -188,13 +173,72 @@ def test_a_late_room_is_found_by_check_and_never_used(tree, tmp_path, capsys):
 def test_noises_given_as_rooms_are_refused(tree, capsys):
     for path in Path(tree['musan_path']).rglob('*.wav'):
         write_wav(path, np.concatenate([SOUND, 2 * SOUND]), subtype='PCM_16')
-    assert '--rir_path' in refusal(capsys, {**tree, 'rir_path': tree['musan_path']}, '--check')
+    assert '--rir_path' in refusal(capsys, train, tree, '--check', rir_path=tree['musan_path'])
 
 
 @pytest.mark.parametrize('channels, rate', [(1, 48000), (2, 16000), (8, 48000)])
 def test_rooms_of_another_format_get_the_line_that_converts_them(tree, capsys, channels, rate):
     for path in Path(tree['rir_path']).rglob('*.wav'):
         write_wav(path, np.tile(room(0)[:, None], channels), rate=rate)
-    message = refusal(capsys, tree)
+    message = refusal(capsys, train, tree)
     assert f'{rate} Hz' in message
     assert 'ffmpeg -i' in message
+
+
+# Utterances.
+
+
+@pytest.mark.parametrize('fault', [*BAD, 'silent'])
+def test_a_bad_utterance_is_replaced_and_listed(tree, tmp_path, capsys, fault):
+    path = Path(tree['train_path'], UTTERANCE)
+    if fault == 'silent':
+        write_wav(path, 0 * SOUND, subtype='PCM_16')
+    else:
+        BAD[fault](path)
+    message = refusal(capsys, train, tree)
+    assert UTTERANCE in message and '1 of 12' in message, 'it is more than 1 %'
+
+    workers = [0]
+    if fault == 'gone':
+        workers = [0, 2]
+    for n_cpu in workers:
+        folder = tmp_path / f'exp{n_cpu}'
+        train(tree, save_path=folder, max_bad=10, max_epoch=2, n_cpu=n_cpu)
+        log = capsys.readouterr().out
+        assert '1 of 12' in log
+        assert len(re.findall(r'epoch \d, LR.*, 1 utterances', log)) == 2
+        (line,) = (folder / 'bad_audio.txt').read_text().splitlines()
+        assert line.startswith(f'{path}: ')
+        assert not (folder / 'bad_audio.new').exists()
+    assert_same_run(tmp_path / 'exp0', tmp_path / f'exp{workers[-1]}')
+
+
+def test_the_replacement_is_of_the_same_speaker(tree):
+    for speaker in range(4):
+        for number in range(3):
+            path = f'{tree["train_path"]}/id{speaker}/session/{number:05d}.wav'
+            write_wav(path, wave(speaker, 20000))
+    Path(tree['train_path'], UTTERANCE).unlink()
+    dataset = train_loader(**tree, num_frames=123)
+    dataset.bad_audio = BadAudio(f'{tree["train_path"]}/bad.txt', 100)
+    dataset.augment = lambda audio, rng: audio
+    position = dataset.labels.tolist().index(1) + 1
+    assert len(dataset[1, position][0]) == 19920
+    whole = wave(1, 20000)
+    for epoch in range(1, 5):
+        audio, label = dataset[epoch, position]
+        assert label == 1
+        # The crop may begin at each of the 81 places that the file has for it.
+        errors = [np.abs(audio.numpy() - whole[n : n + 19920]).max() for n in range(81)]
+        assert min(errors) < 1e-3
+
+
+def test_a_run_stops_when_too_much_is_bad(tree, capsys, monkeypatch):
+    """Files that go bad after the run began."""
+    train(tree, max_epoch=1)
+    monkeypatch.setattr(dataLoader, 'check_data', lambda *args: None)
+    for number in range(3):
+        Path(tree['train_path'], f'id{number}/session/00000.wav').unlink()
+    message = refusal(capsys, train, tree, max_bad=20, max_epoch=9)
+    assert '--max_bad 20%' in message and '00000.wav' in message
+    assert 0 < len(Path(tree['save_path'], 'bad_audio.txt').read_text().splitlines()) <= 3
