@@ -15,8 +15,8 @@ import pytest
 import soundfile
 import torch
 import torchaudio
-from cli import command_line, refusal
-from conftest import make_system, wave, write_wav
+from cli import command_line
+from conftest import wave, write_wav
 
 from dataLoader import (
     check_header,
@@ -433,15 +433,6 @@ def test_an_hour_of_48_khz_stereo_needs_less_than_a_gigabyte(tmp_path):
 
 
 @pytest.fixture
-def model(tmp_path):
-    """A checkpoint of random weights."""
-    torch.manual_seed(1)
-    path = tmp_path / 'a.model'
-    make_system().save_parameters(path)
-    return str(path)
-
-
-@pytest.fixture
 def recordings(tmp_path):
     """Folder of three good recordings and three bad ones."""
     folder = tmp_path / 'recordings'
@@ -456,11 +447,20 @@ def recordings(tmp_path):
 BAD = ['bad.wav', 'silent.wav', 'short.wav']
 
 
+def ended(capsys, main, arguments):
+    """(Standard output, standard error) of a script that ends with status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    return capsys.readouterr()
+
+
 @pytest.mark.parametrize('n_cpu', [0, 2])
 def test_embed_writes_what_works_and_names_the_rest(recordings, model, tmp_path, capsys, n_cpu):
     out = str(tmp_path / 'out.npz')
     options = command_line(initial_model=model, device='cpu', n_cpu=n_cpu)
-    _, message = refusal(capsys, embed.main, [str(recordings), '--out', out, *options])
+    _, message = ended(capsys, embed.main, [str(recordings), '--out', out, *options])
     assert all(name in message for name in BAD)
     assert '3 of 6' in message
     good = [str(recordings / f'{number}.wav') for number in range(3)]
@@ -473,7 +473,7 @@ def test_embed_writes_what_works_and_names_the_rest(recordings, model, tmp_path,
 def test_a_recording_in_place_of_a_list_is_refused(recordings, model, tmp_path, capsys):
     recording = str(recordings / '0.wav')
     options = command_line(out=tmp_path / 'out.npz', initial_model=model, device='cpu', n_cpu=0)
-    _, message = refusal(capsys, embed.main, [recording, *options])
+    _, message = ended(capsys, embed.main, [recording, *options])
     assert f'FILES: {recording}: ' in message
     assert len(message.splitlines()) == 1
 
@@ -482,7 +482,7 @@ def test_embed_writes_nothing_if_nothing_works(tmp_path, model, capsys):
     write(tmp_path / 'recordings/bad.wav', b'not audio')
     out = tmp_path / 'out.npz'
     options = command_line(out=out, initial_model=model, device='cpu', n_cpu=0)
-    _, message = refusal(capsys, embed.main, [str(tmp_path / 'recordings'), *options])
+    _, message = ended(capsys, embed.main, [str(tmp_path / 'recordings'), *options])
     assert 'bad.wav' in message
     assert not out.exists()
 
@@ -492,18 +492,18 @@ def test_identify_writes_what_works_and_names_the_rest(recordings, model, tmp_pa
         write_wav(tmp_path / f'people/p{number}/a.wav', wave(number, 21000))
     people = str(tmp_path / 'people')
     options = command_line(people=people, initial_model=model, device='cpu', n_cpu=0)
-    output, message = refusal(capsys, identify.main, [str(recordings), *options])
+    output, message = ended(capsys, identify.main, [str(recordings), *options])
     rows = [line.split(',')[0] for line in output.splitlines()]
     assert rows == ['file', *(str(recordings / f'{number}.wav') for number in range(3))]
     assert all(name in message for name in BAD)
 
     # A person keeps the recordings that can be used, and needs one.
     write(tmp_path / 'people/p0/bad.wav', b'not audio')
-    again, message = refusal(capsys, identify.main, [str(recordings), *options])
+    again, message = ended(capsys, identify.main, [str(recordings), *options])
     assert again == output
     assert 'p0/bad.wav' in message
     (tmp_path / 'people/p0/a.wav').unlink()
-    nothing, message = refusal(capsys, identify.main, [str(recordings), *options])
+    nothing, message = ended(capsys, identify.main, [str(recordings), *options])
     assert nothing == '' and 'p0' in message
 
 
@@ -548,3 +548,41 @@ def test_a_cohort_leaves_out_bad_files_and_counts_them(tmp_path, model, capsys):
     Path(files[2][0]).write_bytes(b'')
     with pytest.raises(BadInput, match='3 of 23(.*\n)*.*s1/0.wav'):
         embed_speakers(system, files)
+
+
+def test_embeddings_of_any_format(tree, model, capsys):
+    folder = Path(tree['save_path']).parent / 'recordings'
+    audio = wave(1, 32000)
+    write_wav(folder / 'a.wav', audio)
+    write_wav(folder / 'stereo/b.flac', np.stack([audio, audio], axis=1), subtype='PCM_16')
+    slow = np.interp(np.arange(24000 * 2) / 24000, np.arange(32000) / 16000, audio)
+    write_wav(folder / 'rate.ogg', slow, rate=24000, subtype='VORBIS')
+    options = command_line(initial_model=model, device='cpu', n_cpu=0)
+    out = str(folder / 'first.npz')
+    embed.main([str(folder), '--out', out, *options])
+    notes = capsys.readouterr().err
+    assert '2 channels averaged' in notes and 'resampled from 24000 Hz' in notes
+
+    with np.load(out) as written:
+        names = written['names'].tolist()
+        embeddings = written['embeddings']
+    assert names == [str(folder / name) for name in ('a.wav', 'rate.ogg', 'stereo/b.flac')]
+    assert embeddings.shape == (3, 192)
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5)
+    assert embeddings[0] @ embeddings[2] > 0.999
+    alone = load_model(model, device='cpu').embed(names[:1])
+    np.testing.assert_allclose(alone[0], embeddings[0], atol=1e-5)
+
+    (folder / 'list.txt').write_bytes(f'{names[2]}\r\n\n{names[0]}\r\n'.encode())
+    embed.main([str(folder / 'list.txt'), '--out', str(folder / 'second.npz'), *options])
+    with np.load(folder / 'second.npz') as again:
+        np.testing.assert_allclose(again['embeddings'], embeddings[[2, 0]], atol=1e-5)
+    for arguments, words in (
+        ([str(folder), '--out', out, *options], 'is there already'),
+        ([str(folder), '--out', out + '2', '--device', 'cpu'], '--initial_model is needed'),
+        ([str(folder / 'none'), '--out', out + '2', *options], 'none: no such file'),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            embed.main(arguments)
+        assert stop.value.code == 2
+        assert words in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import tracemalloc
 from pathlib import Path
@@ -327,3 +328,77 @@ def test_people_with_a_pipe_or_a_link_to_nothing_are_read(recordings):
     (recordings / 'sp2/gone.wav').symlink_to('nothing.wav')
     people = identify.read_people(str(recordings))
     assert [len(paths) for paths in people.values()] == [3, 4, 4, 3, 3]
+
+
+# A folder with faults of every kind.
+
+
+@pytest.fixture
+def faulty(tmp_path):
+    """Six speakers, one of them with one file, and files with faults."""
+    folder = tmp_path / 'own'
+    for speaker in range(6):
+        for number in range(4 if speaker else 1):
+            audio = 0.5 * wave(speaker, 20000 + 1000 * number)
+            write_wav(folder / f'sp{speaker}/{number}.wav', audio, subtype='PCM_16')
+    write_wav(folder / 'sp1/silent.wav', np.zeros(16000), subtype='PCM_16')
+    write_wav(folder / 'sp1/phone.wav', wave(1, 8000), rate=8000, subtype='PCM_16')
+    write_wav(folder / 'sp2/two words.wav', wave(2, 16000), subtype='PCM_16')
+    write_wav(folder / 'sp2/loud.wav', (20 * wave(2, 16000)).clip(-1, 1), subtype='PCM_16')
+    (folder / 'sp3/broken.wav').write_text('nothing')
+    write_wav(folder / 'stray.wav', wave(2, 16000), subtype='PCM_16')
+    return folder
+
+
+def test_lists_of_own_speakers(faulty, tmp_path, capsys):
+    out = tmp_path / 'lists'
+    lists.main([str(faulty), '--out', str(out), '--test_speakers', '2', '--seed', '4'])
+    report = capsys.readouterr().out
+    train = [line.split() for line in (out / 'train_list.txt').read_text().splitlines()]
+    trials = [line.split() for line in (out / 'trials.txt').read_text().splitlines()]
+    for speaker, name in train:
+        assert speaker == name.split('/')[0]
+        assert (faulty / name).exists()
+    tested = {name for trial in trials for name in trial[1:]}
+    held_out = {name.split('/')[0] for name in tested}
+    assert len(held_out) == 2
+    assert held_out.isdisjoint(speaker for speaker, _ in train)
+    for label, a, b in trials:
+        assert (label == '1') == (a.split('/')[0] == b.split('/')[0])
+    assert len({tuple(sorted(trial[1:])) for trial in trials}) == len(trials)
+    labels = [trial[0] for trial in trials]
+    assert labels.count('1') == labels.count('0') > 0
+    used = tested | {name for _, name in train}
+    assert len(used) == 22 and 'sp2/loud.wav' in used
+
+    left_out = (out / 'left_out.txt').read_text()
+    faults = {
+        'silent.wav': '',
+        'phone.wav': '8000 Hz',
+        'two words.wav': '',
+        'broken.wav': '',
+        'stray.wav': '',
+    }
+    for name, fault in faults.items():
+        assert re.search(f'{name}: .*{fault}', left_out)
+    for pattern in ('22 .* 6 speakers', 'clipped +1 ', '8000 Hz: 1 '):
+        assert re.search(pattern, report)
+    again = tmp_path / 'again'
+    lists.main([str(faulty), '--out', str(again), '--test_speakers', '2', '--seed', '4'])
+    assert (again / 'trials.txt').read_bytes() == (out / 'trials.txt').read_bytes()
+
+
+def test_exhaustive_trials_and_no_trials(faulty, tmp_path, capsys):
+    arguments = [str(faulty), '--test_speakers', '3', '--exhaustive']
+    lists.main([*arguments, '--out', str(tmp_path / 'a')])
+    trials = (tmp_path / 'a/trials.txt').read_text().splitlines()
+    files = {name for trial in trials for name in trial.split()[1:]}
+    assert len(trials) == len(files) * (len(files) - 1) // 2
+    lists.main([str(faulty), '--out', str(tmp_path / 'b'), '--test_speakers', '0'])
+    assert not (tmp_path / 'b/trials.txt').exists()
+    assert 'trials.txt' in capsys.readouterr().out
+    for count in ('5', '1'):
+        assert '--test_speakers' in refusal(capsys, faulty, '--test_speakers', count)
+    with pytest.raises(SystemExit):
+        lists.main([str(faulty), '--out', str(tmp_path / 'a')])
+    assert str(tmp_path / 'a') in capsys.readouterr().err

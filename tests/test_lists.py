@@ -412,3 +412,53 @@ def test_training_lists(training, lines, newline):
     assert dataset.labels.tolist() == [speakers.index(speaker) for speaker, _ in rows]
     names = [name.decode('utf-8', 'surrogateescape') for _, name in rows]
     assert [dataset.names[i] for i in range(len(dataset))] == names
+
+
+# Layouts of a trial list.
+
+
+def in_words(label):
+    return 'target' if label == '1' else 'nontarget'
+
+
+LAYOUTS = {
+    'label first, in words': lambda label, a, b: f'{in_words(label)} {a} {b}',
+    'label last, a digit': lambda label, a, b: f'{a} {b} {label}',
+    'label last, in words': lambda label, a, b: f'{a}\t{b}   {in_words(label)}',
+    'Windows line ends': lambda label, a, b: f'{label} {a} {b}\r',
+}
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_a_list_of_any_layout_is_the_same_list(tree, tmp_path, layout):
+    _, (usual,) = read_trial_lists([tree['eval_list']], [tree['eval_path']])
+    lines = Path(tree['eval_list']).read_text().splitlines()
+    text = ''.join(LAYOUTS[layout](*line.split()) + '\n' for line in lines)
+    (tmp_path / 'other.txt').write_bytes(text.encode())
+    _, (other,) = read_trial_lists([str(tmp_path / 'other.txt')], [tree['eval_path']])
+    for name in ('labels', 'pairs', 'files_of_side'):
+        np.testing.assert_array_equal(getattr(other, name), getattr(usual, name))
+    assert other.names == usual.names
+
+
+def test_a_label_elsewhere_is_named_by_its_line(tree, tmp_path):
+    path = tmp_path / 'mixed.txt'
+    pair = 'a.wav b.wav'
+    write(path, [f'{pair} target', f'{pair} nontarget', f'1 {pair}', f'{pair} impostor'])
+    with pytest.raises(BadInput) as error:
+        read_trial_lists([str(path)], [tree['eval_path']])
+    for number in (3, 4):
+        assert f'{path}, line {number}:' in str(error.value)
+    assert 'line 1' not in str(error.value)
+
+
+def test_a_model_that_is_not_enrolled_is_named_by_its_line(tree, tmp_path):
+    models = tmp_path / 'models.txt'
+    models.write_text('anna id0/session/00000.wav\n')
+    trials = tmp_path / 'cn.txt'
+    trials.write_text('anna id1/session/00000.wav 0\nberta id1/session/00000.wav 1\n')
+    with pytest.raises(BadInput, match='cn.txt, line 2: .*berta'):
+        read_trial_lists([str(trials)], [tree['eval_path']], str(models))
+    models.write_text('anna id0/session/00000.wav\nberta\n')
+    with pytest.raises(BadInput, match='models.txt, line 2'):
+        read_trial_lists([str(trials)], [tree['eval_path']], str(models))
