@@ -7,18 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli import command_line
-from conftest import make_system, write_wav
+from conftest import write_wav
 
 import trainECAPAModel
 
 pytestmark = pytest.mark.usefixtures('short_crops')
-
-
-@pytest.fixture
-def model(tmp_path):
-    """A checkpoint of four speakers."""
-    make_system().save_parameters(tmp_path / 'a.model')
-    return str(tmp_path / 'a.model')
 
 
 def scores(tree, model, capsys, **options):

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from cli import command_line
+from cli import command_line, refusal, train
 from conftest import make_system, trial_lines, wave, write_wav
 from scipy.stats import chisquare
 
 import dataLoader
-import trainECAPAModel
 from dataLoader import INTERNET, TELEPHONE, Codec, through_codec, train_loader, usable_codecs
 from ECAPAModel import load_model
 from exps import conditions, identify, scoring
@@ -40,6 +39,8 @@ def test_a_codec_keeps_length_level_and_place(name):
         coded = through_codec(audio, codec, level)
         assert coded.shape == audio.shape
         assert coded.dtype == np.float32
+    # Of the longest.
+    assert np.sqrt(np.mean(coded**2) / np.mean(audio**2)) == pytest.approx(1, abs=0.2)
     assert abs(delay(audio, coded)) <= 1
     assert np.corrcoef(audio, coded)[0, 1] > 0.8
     assert not np.array_equal(audio, coded)
@@ -109,16 +110,10 @@ def test_a_coded_crop_depends_on_seed_epoch_and_index_alone(tree):
 
 
 def test_the_option_is_part_of_the_run(tree, capsys, short_crops):
-    options = {**tree, 'C': 8, 'num_frames': 20, 'batch_size': 4, 'n_cpu': 0, 'device': 'cpu'}
-    trainECAPAModel.main(command_line(**options, max_epoch=1, codec=0.3))
+    train(tree, codec=0.3)
     assert 'codecs gsm, ulaw' in capsys.readouterr().out
-    with pytest.raises(SystemExit) as stop:
-        trainECAPAModel.main(command_line(**options, max_epoch=2))
-    assert stop.value.code == 2
-    assert '--codec 0.0 (was 0.3 of gsm' in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stop:
-        trainECAPAModel.main(command_line(**options, max_epoch=2, codec=1.5))
-    assert stop.value.code == 2
+    assert '--codec 0.0 (was 0.3 of gsm' in refusal(capsys, train, tree, max_epoch=2)
+    assert '--codec' in refusal(capsys, train, tree, max_epoch=2, codec=1.5)
 
 
 def test_a_libsndfile_without_one_of_the_codecs_is_refused_at_the_start(monkeypatch):
@@ -175,10 +170,8 @@ def test_conditions_of_a_list(corpus, tree, capsys):
     conditions.main([*arguments, *places, '--out', str(corpus / 'one'), '--conditions', *wanted])
     assert '1 files to write' in capsys.readouterr().out
     assert kept.stat().st_mtime_ns == before
-    with pytest.raises(SystemExit) as stop:
-        conditions.main([*arguments, '--out', str(corpus / 'x'), '--conditions', 'fax'])
-    assert stop.value.code == 2
-    assert '--conditions fax: the options make clean, gsm' in capsys.readouterr().err
+    arguments += ['--out', str(corpus / 'x'), '--conditions', 'fax']
+    assert '--conditions fax' in refusal(capsys, conditions.main, arguments)
     assert not (corpus / 'x').exists()
 
 
@@ -231,19 +224,15 @@ def test_noise_that_is_silent_as_a_whole_is_refused(corpus, capsys):
         write_wav(corpus / 'musan' / category / '0.wav', np.zeros(80000), subtype='PCM_16')
     arguments = [str(corpus / 'trials.txt'), '--audio', str(corpus / 'audio'), '--n_cpu', '0']
     options = ['--musan_path', str(corpus / 'musan'), '--conditions', 'noise']
-    with pytest.raises(SystemExit) as stop:
-        conditions.main([*arguments, *options, '--out', str(corpus / 'out')])
-    assert stop.value.code == 2
-    assert '--musan_path' in capsys.readouterr().err
+    arguments += [*options, '--out', str(corpus / 'out')]
+    assert '--musan_path' in refusal(capsys, conditions.main, arguments)
 
 
 def test_a_bad_file_is_named_once(corpus, capsys):
     (corpus / 'audio/id1/a/2.wav').write_bytes(b'not audio')
     arguments = [str(corpus / 'trials.txt'), '--audio', str(corpus / 'audio'), '--n_cpu', '0']
-    with pytest.raises(SystemExit) as stop:
-        conditions.main([*arguments, '--out', str(corpus / 'out'), '--conditions', 'gsm', 'short'])
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.count('id1/a/2.wav') == 1
+    arguments += ['--out', str(corpus / 'out'), '--conditions', 'gsm', 'short']
+    assert refusal(capsys, conditions.main, arguments).count('id1/a/2.wav') == 1
 
 
 def test_a_loud_file_is_turned_down_and_not_clipped_in_clean_too(corpus):
@@ -257,11 +246,9 @@ def test_a_loud_file_is_turned_down_and_not_clipped_in_clean_too(corpus):
 
 
 def test_conditions_that_would_mix_files_are_refused(corpus, tree, capsys):
-    def refusal(*arguments):
-        with pytest.raises(SystemExit) as stop:
-            conditions.main([*arguments, '--n_cpu', '0', '--conditions', 'short'])
-        assert stop.value.code == 2
-        return capsys.readouterr().err
+    def refused(*arguments):
+        arguments = [*arguments, '--n_cpu', '0', '--conditions', 'short']
+        return refusal(capsys, conditions.main, arguments)
 
     audio = ['--audio', str(corpus / 'audio')]
     cases = {
@@ -271,7 +258,7 @@ def test_conditions_that_would_mix_files_are_refused(corpus, tree, capsys):
     }
     for words, name in cases.items():
         (corpus / 'odd.txt').write_text(f'1 id0/a/0.wav {name}\n0 id0/a/0.wav id1/a/0.wav\n')
-        assert words in refusal(str(corpus / 'odd.txt'), *audio, '--out', str(corpus / 'odd'))
+        assert words in refused(str(corpus / 'odd.txt'), *audio, '--out', str(corpus / 'odd'))
         assert not (corpus / 'odd').exists()
 
     written = [str(corpus / 'trials.txt'), *audio, '--out', str(corpus / 'out')]
@@ -279,10 +266,10 @@ def test_conditions_that_would_mix_files_are_refused(corpus, tree, capsys):
     conditions.main([*written, '--n_cpu', '0', '--conditions', 'short'])
     conditions.main([*written, '--n_cpu', '0', '--conditions', 'noise', *noise])
     capsys.readouterr()
-    assert 'was written with another snr' in refusal(*written, *noise, '--snr', '5')
+    assert 'snr' in refused(*written, *noise, '--snr', '5')
     text = (corpus / 'trials.txt').read_text()
     (corpus / 'trials.txt').write_text(''.join(text.splitlines(keepends=True)[1:]))
-    assert 'was written with another list' in refusal(*written)
+    assert str(corpus / 'out') in refused(*written)
 
 
 def test_conditions_leave_out_codecs_that_libsndfile_lacks(corpus, monkeypatch, capsys):
@@ -344,7 +331,7 @@ def slow_scores(corpus, model):
 
 def test_without_a_calibration_there_are_scores_and_a_note(corpus, model, capsys):
     rows = run_identify(corpus, model)
-    assert 'note: only raw scores' in capsys.readouterr().err
+    assert 'raw scores' in capsys.readouterr().err
     scores = slow_scores(corpus, model)
     for row, expected in zip(rows, scores):
         assert row['name'] == f'p{expected.argmax()}'
@@ -379,32 +366,28 @@ def test_people_that_cannot_be_enrolled_are_refused(corpus, model, capsys):
     people = people_of(corpus)
     arguments = [str(corpus / 'audio'), *command_line(initial_model=model, device='cpu', n_cpu=0)]
 
-    def refusal(people, *flags):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            identify.main([*arguments, '--people', str(people), *flags])
-        assert stop.value.code == 2
-        return capsys.readouterr().err
+    def refused(people, *flags):
+        return refusal(capsys, identify.main, [*arguments, '--people', str(people), *flags])
 
-    assert 'there is no such folder' in refusal(people, '--out', str(corpus / 'none/who.csv'))
+    assert '--out' in refused(people, '--out', str(corpus / 'none/who.csv'))
     os.makedirs(corpus / 'people/empty')
-    assert 'no ' in refusal(people) and 'empty' in refusal(people)
+    assert 'no ' in refused(people) and 'empty' in refused(people)
     os.rmdir(corpus / 'people/empty')
     write_wav(corpus / 'people/silent/0.wav', np.zeros(16000))
-    assert 'is silent' in refusal(people)
+    assert 'silent/0.wav' in refused(people)
     (corpus / 'people/silent/0.wav').unlink()
     (corpus / 'people/silent').rmdir()
     shared = corpus / 'people/p1/copy.wav'
     shared.write_bytes((corpus / 'people/p0/0.wav').read_bytes())
-    assert 'p1 and p0 share a recording' in refusal(people)
+    assert 'p1 and p0' in refused(people)
     (corpus / 'list.txt').write_text(f'anna {corpus}/people/p0/0.wav\nberta\n')
-    assert 'list.txt, line 2' in refusal(corpus / 'list.txt')
+    assert 'list.txt, line 2' in refused(corpus / 'list.txt')
     (corpus / 'list.txt').write_text('anna nowhere.wav\n')
-    assert 'nowhere.wav' in refusal(corpus / 'list.txt')
+    assert 'nowhere.wav' in refused(corpus / 'list.txt')
     shared.unlink()
     stray = corpus / 'people/bob.wav'
     stray.write_bytes((corpus / 'people/p0/0.wav').read_bytes())
-    assert 'bob.wav is in no folder of a person' in refusal(people)
+    assert 'bob.wav' in refused(people)
     stray.unlink()
     os.makedirs(corpus / 'people/.Trash')
     assert list(identify.read_people(people)) == ['p0', 'p1', 'p2']

@@ -36,7 +36,7 @@ def name_of(speaker, number):
     return f'id{speaker}/session/{number:05d}.wav'
 
 
-# Trial lists as they come.
+# Calibration.
 
 
 def gaussian_trials(count, distance=4.0):
@@ -222,7 +222,8 @@ def test_lists_that_a_calibration_is_not_for_are_left_out(scored, tree, tmp_path
     turned = []
     for line in [*lines, lines[0]]:
         label, enrolment, test = line.split()
-        turned.append(f'./{test} {enrolment} {in_words(label)}')
+        word = {'1': 'target', '0': 'nontarget'}[label]
+        turned.append(f'./{test} {enrolment} {word}')
     (tmp_path / 'again.txt').write_text('\n\n'.join(sorted(turned)))
     run('--eval', eval_list=tmp_path / 'again.txt', **scored)
     (tmp_path / 'raw.txt').write_text('\n'.join(lines[:50]))
@@ -336,9 +337,6 @@ def test_equal_scores_cannot_be_calibrated():
 def test_a_folder_without_scores_is_refused(tmp_path, capsys):
     message = refusal(capsys, calibrate.main, [str(tmp_path), '--fit', 'dev'])
     assert '--fit dev' in message
-
-
-# What a run was.
 
 
 def test_verify_two_files(tree, model, capsys):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli import command_line
+from cli import SMALL, command_line
 from conftest import make_system, wave, write_wav
 
 import tools
@@ -32,7 +32,6 @@ from ECAPAModel import saved_models
 from tools import BadInput
 
 ROOT = Path(__file__).parents[1]
-SMALL = {'C': 8, 'num_frames': 20, 'batch_size': 4, 'max_epoch': 2, 'device': 'cpu'}
 
 
 # Signals.
@@ -270,7 +269,7 @@ def test_a_script_whose_output_goes_away_is_quiet(stream, status):
 
 @pytest.mark.parametrize('redirection', ['> /dev/full 2>&1', '>&- 2>&-', '2>&1 | true'])
 def test_a_log_that_cannot_be_written_does_not_end_a_training(tree, redirection):
-    options = command_line(**{**SMALL, **tree, 'max_epoch': 1, 'n_cpu': 0})
+    options = command_line(**{**SMALL, **tree})
     command = shlex.join([sys.executable, 'trainECAPAModel.py', *options])
     command = f'{command} {redirection}; exit ${{PIPESTATUS[0]}}'
     assert subprocess.run(['bash', '-c', command], cwd=ROOT).returncode == 0

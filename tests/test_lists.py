@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 from cli import refusal, train
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from dataLoader import check_lists, read_trial_lists, require, train_loader
 from tools import BadInput
 
+pytestmark = pytest.mark.usefixtures('short_crops')
 NAME = 'id{}/session/{:05d}.wav'.format
 
 
@@ -393,15 +395,18 @@ TRAIN_LINES = st.sampled_from(
 def test_training_lists(training, lines, newline):
     """Labels are the places of the speakers in their sorted set.
 
-    Other lines than `speaker path` are refused.
+    Other lines than `speaker path` are refused, and files that are not text.
     """
-    Path(training['train_list']).write_bytes(newline.join(lines))
+    content = newline.join(lines)
+    Path(training['train_list']).write_bytes(content)
     rows = [line.split() for line in lines if line.split()]
 
     try:
         dataset = train_loader(**training, num_frames=20)
     except BadInput as error:
         assert '--train_list' in str(error)
+        if b'\0' in content:
+            return
         assert not rows or any(len(row) != 2 for row in rows)
         bad = [number for number, line in enumerate(lines, 1) if len(line.split()) not in (0, 2)]
         assert all(f'line {number}:' in str(error) for number in bad)

@@ -3,6 +3,7 @@
 import argparse
 
 import pytest
+from cli import refusal
 
 from dataLoader import speakers_of
 from exps.scoring import add_speaker_option
@@ -58,9 +59,6 @@ def test_a_path_without_a_speaker_is_named(pattern):
 def test_a_pattern_without_a_group_is_refused(pattern, capsys):
     parser = argparse.ArgumentParser()
     add_speaker_option(parser.add_argument)
-    with pytest.raises(SystemExit) as stop:
-        parser.parse_args(['--speaker', pattern])
-    assert stop.value.code == 2
-    message = capsys.readouterr().err
+    message = refusal(capsys, parser.parse_args, ['--speaker', pattern])
     assert '--speaker' in message
     assert pattern in message

@@ -8,15 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import command_line, make_system
+from cli import SMALL, command_line, train
+from conftest import make_system
 
-import trainECAPAModel
 from dataLoader import parallel_map
 
 ROOT = Path(__file__).parents[1]
 METHODS = ('spawn', 'forkserver')
 COMMAND = [str(ROOT / 'trainECAPAModel.py')]
-SMALL = {'C': 8, 'num_frames': 20, 'batch_size': 4, 'device': 'cpu'}
 
 
 def run(folder, method, program, *arguments):
@@ -44,9 +43,9 @@ def run(folder, method, program, *arguments):
 @pytest.mark.parametrize('method', METHODS)
 def test_training(tree, tmp_path, method):
     """With the numbers of a run that starts no processes."""
-    run(tmp_path, method, COMMAND, *command_line(max_epoch=2, n_cpu=1, **SMALL, **tree))
+    run(tmp_path, method, COMMAND, *command_line(**{**SMALL, **tree, 'max_epoch': 2, 'n_cpu': 1}))
     alone = {**tree, 'save_path': str(tmp_path / 'alone')}
-    trainECAPAModel.main(command_line(max_epoch=2, n_cpu=0, **SMALL, **alone))
+    train(alone, max_epoch=2)
     scores = Path(tree['save_path'], 'score.txt').read_text()
     assert scores == (tmp_path / 'alone/score.txt').read_text()
 
