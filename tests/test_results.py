@@ -37,7 +37,7 @@ def test_a_copied_folder_never_writes_into_the_first(tree, model, tmp_path):
     assert list(scores) == ['raw']
 
     moved = first.rename(tmp_path / 'moved')
-    evaluate(tree, model, save_path=moved)
+    evaluate(tree, moved / 'model/model_0001.model', save_path=moved)
     assert not first.exists()
     assert (moved / 'scores/trials.txt').read_bytes() == before
 
