@@ -42,20 +42,22 @@ class CosFace(AAMsoftmax):
         '''
 
 class SmallNet(Encoder):
-    """A convolution and the mean over time."""
+    """A 2-D convolution with strides of 2 and the mean over time."""
 
     embedding_size = 64
 
     def __init__(self, C):
         super().__init__()
-        self.body = nn.Conv1d(80, C, kernel_size=3, padding=1)
+        self.body = nn.Conv2d(1, C, kernel_size=3, stride=2, padding=1)
         self.norm = BatchNorm(C)
-        self.head = nn.Linear(C, self.embedding_size)
+        self.head = nn.Linear(40 * C, self.embedding_size)
 
     def encode(self, x, frames=None):
-        mask = mask_of(frames, x)
-        x = self.norm(self.body(x).relu())
-        return self.head(mean_over_time(x, mask))
+        x = x.unsqueeze(1)  # (B, 1, 80, T)
+        x = self.norm(self.body(x).relu()).flatten(1, 2)  # (B, 40 C, T / 2)
+        if frames is not None:
+            frames = (frames + 1) // 2
+        return self.head(mean_over_time(x, mask_of(frames, x)))
 
     @staticmethod
     def channels_of(state):
@@ -82,7 +84,7 @@ def drop_part(audio, rng):
     (
         'dataLoader.py',
         '        if rng.random() >= self.augment_share:',
-        """        if rng.random() < self.drop:
+        """        if self.drop and rng.random() < self.drop:
             audio = drop_part(audio, rng)
 """,
     ),
