@@ -1,6 +1,6 @@
 """The system: encoder, classifier and optimiser; a step, an epoch, evaluation.
 
-Below the class: saving, resuming and loading; devices.
+Below the class: checkpoints (saving, resuming, reading) and devices.
 """
 
 import contextlib
@@ -41,10 +41,10 @@ LOOK_EVERY = 10  # steps of a GPU between two looks at their losses, for which t
 BATCH_FRAMES = 16384  # frames in a batch of evaluation on a GPU: about 1.5 GB with 1,024 channels
 CPU_BATCH_FRAMES = 4096  # larger ones do not stay in the cache
 WINDOW_FRAMES = 8 * BATCH_FRAMES  # frames read before they are sorted by length into batches
-SHAPE_STEP = 64  # of frames on a GPU: cuDNN and cuFFT plan again for each new number
+SHAPE_STEP = 64  # numbers of frames are rounded up to it: a GPU plans again for each new number
 LONGEST = 300 * RATE  # samples of a recording that is embedded in one piece
 
-# What people download or convert in place of a checkpoint, by how it begins.
+# Files that people give in place of a checkpoint by mistake: {how they begin: what to do}.
 OTHER_FILES = {
     rb'version https://git-lfs': (
         'it is a Git LFS pointer, which stands for the file: run `git lfs pull` in its repository, '
@@ -61,7 +61,7 @@ OTHER_FILES = {
 
 
 class Scored(NamedTuple):
-    """Scores (N,) of a trial list, and their figures: what operating_points returns."""
+    """Scores (N,) of a trial list, and their figures, as operating_points returns them."""
 
     scores: np.ndarray
     figures: dict
@@ -70,19 +70,21 @@ class Scored(NamedTuple):
 class ECAPAModel(nn.Module):
     """Speaker encoder and classifier, with the optimiser that trains them.
 
-    encoder, loss: names in model.ENCODERS and loss.LOSSES; D below is the size of an embedding, 192
-    for ECAPA-TDNN.
-    lr: learning rate, multiplied by lr_decay every test_step epochs; C: channels of the encoder;
-    n_class: speakers; m, s: margin and scale of AAM-softmax; device: as in choose_device;
-    precision: 'bf16' (the encoder's convolutions; features, pooling statistics and loss stay
-    float32), 'fp32' (PyTorch's default: on a GPU convolutions round to TF32), 'exact' (float32
-    without TF32 in forward, train_step and all evaluation) or 'auto', bf16 on a GPU that has it,
-    else fp32; n_cpu:
-    processes that read files in evaluation. The others are the command's, with its defaults.
-    Options of the published command that are not used here are accepted; others raise TypeError.
+    lr: learning rate, multiplied by lr_decay every test_step epochs. C: channels of the encoder.
+    n_class: number of speakers. m, s: margin and scale of AAM-softmax. device: see choose_device.
+    n_cpu: processes that read files in evaluation. encoder, loss: names in model.ENCODERS and
+    loss.LOSSES.
 
-    Where processes train together, gradients are averaged over them, and batch norms use the
-    statistics of all.
+    precision: 'bf16' (convolutions of the encoder in bfloat16; features, pooling statistics and
+    loss in float32), 'fp32' (PyTorch's default: a GPU rounds convolutions to TF32), 'exact'
+    (float32 without TF32, in forward, train_step and all evaluation), or 'auto': bf16 on a GPU that
+    supports it, otherwise fp32.
+
+    The other options are those of the command, with its defaults. Options of the published command
+    that are not used here are accepted; others raise TypeError.
+
+    If several processes train together, gradients are averaged over them, and batch norms use the
+    statistics of all. Below, D is the size of an embedding, 192 for ECAPA-TDNN.
     """
 
     def __init__(
@@ -95,6 +97,8 @@ class ECAPAModel(nn.Module):
     ):  # fmt: skip
         super().__init__()
         tools.refuse_unknown(ECAPAModel, published)
+
+        # Device and precision.
         self.device = choose_device(device)
         self.on_gpu = self.device.type == 'cuda'
         self.precision = precision
@@ -105,6 +109,7 @@ class ECAPAModel(nn.Module):
         self.share_idle = 0.0  # of the last epoch, in which the device waited for data
         self.warned_of_waiting = False
 
+        # Encoder and classifier.
         self.encoder_name = encoder
         self.C = C
         self.n_class = n_class
@@ -117,8 +122,9 @@ class ECAPAModel(nn.Module):
         if compile:
             self.train_encode = torch.compile(self.train_encode)
 
+        # Optimiser.
         if optimizer == 'sgd':
-            # Not fused, which cannot begin with the classifier alone.
+            # The fused one cannot begin with gradients of the classifier only.
             self.optim = torch.optim.SGD(
                 self.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay
             )
@@ -129,6 +135,7 @@ class ECAPAModel(nn.Module):
         # An attribute of the published code that nothing steps: rate_at sets the learning rate.
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optim, test_step, gamma=lr_decay)
 
+        # Steps and schedules.
         self.clip = clip
         self.accumulate = accumulate
         self.freeze_epochs = freeze_epochs
@@ -144,11 +151,11 @@ class ECAPAModel(nn.Module):
         self.margin_epochs = margin_epochs
 
     def set_rate_and_margin(self, epochs_done):
-        """Sets learning rate and margin after `epochs_done` epochs (2.5 is inside the third).
+        """Sets learning rate and margin after `epochs_done` epochs; returns the rate.
 
-        Both depend on this number only, so they are the same after a resume and for any number of
-        processes. Returns the rate. A warm-up begins with a rate of 0, so its first step changes
-        only batch norms.
+        2.5 is in the middle of the third epoch. Both depend on this number only, so they are the
+        same after a resume and for any number of processes. A warm-up begins with a rate of 0: its
+        first step changes only the statistics of batch norms.
         """
         self.speaker_loss.set_margin(self.margin_at(epochs_done))
         rate = self.rate_at(epochs_done)
@@ -156,7 +163,7 @@ class ECAPAModel(nn.Module):
         return rate
 
     def rate_at(self, epochs_done):
-        """Returns the learning rate after `epochs_done` epochs, not necessarily a whole number."""
+        """Returns the learning rate after `epochs_done` epochs, which may be a fraction."""
         if self.schedule == 'step':
             rate = self.lr * self.lr_decay ** (int(epochs_done) // self.test_step)
         elif self.schedule == 'cosine':
@@ -170,12 +177,12 @@ class ECAPAModel(nn.Module):
         return rate
 
     def margin_at(self, epochs_done):
-        """Returns the margin after `epochs_done` epochs, not necessarily a whole number."""
+        """Returns the margin after `epochs_done` epochs, which may be a fraction."""
         grown = ramp(epochs_done, *self.margin_epochs)
         return self.margin_from + (self.margin - self.margin_from) * grown
 
     def forward(self, audio, labels):
-        """Loss and accuracy in percent of waveforms (B, samples) with labels (B,).
+        """Computes loss and accuracy in percent of waveforms (B, samples) with labels (B,).
 
         The features are masked at random.
         """
@@ -196,21 +203,23 @@ class ECAPAModel(nn.Module):
         return without_tf32() if self.precision == 'exact' else contextlib.nullcontext()
 
     def train_step(self, audio, labels):
-        """One optimiser step on waveforms (B, samples) and labels (B,).
+        """Takes an optimiser step on waveforms (B, samples) and labels (B,).
 
         Returns [loss, accuracy in percent, norm of the gradient] (3,), without waiting for a GPU.
         """
+        # Sum the gradients of the parts of the batch.
         self.optim.zero_grad()
         totals = 0
         audio_parts = audio.tensor_split(self.accumulate)
         label_parts = labels.tensor_split(self.accumulate)
         for part, part_labels in zip(audio_parts, label_parts):
             loss, accuracy = self(part, part_labels)
-            share = len(part) / len(audio)
+            weight = len(part) / len(audio)
             with self.float32_as_asked():
-                (loss * share).backward()
-            totals += share * torch.stack([loss.detach(), accuracy.squeeze()])
+                (loss * weight).backward()
+            totals += weight * torch.stack([loss.detach(), accuracy.squeeze()])
 
+        # Average them over processes, clip them, and change the weights.
         parameters = [p for p in self.parameters() if p.grad is not None]
         if process_count() > 1:
             average_gradients(parameters)
@@ -237,7 +246,7 @@ class ECAPAModel(nn.Module):
         self.speaker_encoder.train(trains_encoder).requires_grad_(trains_encoder)
 
         batches = TimedBatches(loader, self.on_gpu)
-        not_seen = []
+        not_seen = []  # batches and results since the last look
         totals = torch.zeros(3, dtype=torch.float64)
         # disable=None shows the bar only on a terminal.
         hide = True if process_rank() > 0 else None
@@ -256,9 +265,9 @@ class ECAPAModel(nn.Module):
                     not_seen = []
                     self.share_idle = batches.share_idle()
                     loss, accuracy, _ = (totals / step).tolist()
-                    rate = step * len(labels) * process_count() / batches.seconds()
+                    speed = step * len(labels) * process_count() / batches.seconds()
                     bar.set_postfix_str(
-                        f'loss {loss:.3f}, acc {accuracy:.2f}%, lr {lr:.6f}, {rate:.0f} utt/s, '
+                        f'loss {loss:.3f}, acc {accuracy:.2f}%, lr {lr:.6f}, {speed:.0f} utt/s, '
                         f'{100 * self.share_idle:.0f}% waiting for data',
                         refresh=False,
                     )
@@ -274,7 +283,7 @@ class ECAPAModel(nn.Module):
         return loss, lr, accuracy
 
     def warn_of_waiting(self):
-        """Says once, on standard error, that training waited for data much of the time."""
+        """Prints once, on standard error, that training often waited for data."""
         if self.warned_of_waiting or process_rank() > 0:
             return
         self.warned_of_waiting = True
@@ -286,13 +295,13 @@ class ECAPAModel(nn.Module):
         )
 
     def eval_network(self, eval_list, eval_path):
-        """EER in percent and minDCF (p_target 0.05) of a trial list with files below eval_path."""
+        """Returns (EER in percent, minDCF for p_target 0.05) of a list with files in eval_path."""
         (kinds,) = self.score_lists(*read_trial_lists([eval_list], [eval_path]))
         figures = kinds['raw'].figures
         return figures['EER']['value'], figures['minDCF(0.05)']['value']
 
     def score_lists(self, paths, trial_lists):
-        """Scores and figures of what read_trial_lists returns: for each list {'raw': Scored}."""
+        """Scores what read_trial_lists returns; returns {'raw': Scored} for each list."""
         embeddings = self.embed_files(paths)
         results = []
         for trials in trial_lists:
@@ -305,7 +314,7 @@ class ECAPAModel(nn.Module):
     def embed(self, paths, channel=None):
         """Returns unit embeddings of whole files, float32 (N, D), of any rate and channels.
 
-        channel: as in embed_files. What had to be converted is said on standard error.
+        channel: as in embed_files. Standard error says what had to be converted.
         """
         return self.embed_files(paths, any_format=True, channel=channel)[:, 0]
 
@@ -313,18 +322,19 @@ class ECAPAModel(nn.Module):
     def embed_files(self, paths, any_format=False, channel=None, faults=None):
         """Embeds each file as two vectors; returns float32 (N, 2, D).
 
-        The first is the unit embedding of the whole utterance; the second the mean of the unit
-        embeddings of its five crops, so that the dot product of two means is the mean over 25 pairs
-        of crops. A recording of more than five minutes counts as the mean of its equal parts.
+        The first is the unit embedding of the whole utterance. The second is the mean of the unit
+        embeddings of its five crops, so the dot product of two means is the mean over 25 pairs of
+        crops. A recording longer than five minutes is the mean of its equal parts.
 
         any_format: read files of any rate and number of channels, of which `channel` (from 1) may
-        choose one. Where processes train together each reads its part of the files, and all return
-        the same.
+        choose one. If several processes train together, each reads its part of the files, and all
+        return the same.
 
         Raises BadInput that names every file that cannot be used, or whose embedding is zero or not
-        finite. If a dictionary is given as `faults`, it gets {index: what is wrong} of such files
+        finite. If `faults` is a dictionary, {index: what is wrong} of these files is added to it
         instead, and their rows mean nothing.
         """
+        # Read files, and embed them as soon as there are many.
         self.eval()
         read = functools.partial(read_any, channel=channel) if any_format else read_audio
         embeddings = torch.zeros(len(paths), 2, self.embedding_size, device=self.device)
@@ -340,42 +350,47 @@ class ECAPAModel(nn.Module):
                 frames = 0
         self.embed_window(pending, embeddings)
 
-        # Each process has its own rows, and zeros for the others.
+        # Join the parts of all processes: each has zeros in the rows of the others.
         embeddings = tools.sum_over_processes(embeddings).cpu()
         found = dict(tools.gather(list(found.items())))
+
+        # Report the files that cannot be used.
         if faults is not None or not found:
             # The rows of files that could not be read are zero, too.
             found = {**unusable(embeddings, paths), **found}
         if faults is None:
-            refuse([found[index] for index in sorted(found)], len(paths))
+            raise_if_any([found[index] for index in sorted(found)], len(paths))
         else:
             faults.update(sorted(found.items()))
+
+        # The sum over the parts of a long recording does not have unit length.
         embeddings[:, 0] = F.normalize(embeddings[:, 0])
         return embeddings.numpy()
 
     def read_own_part(self, paths, read, found, stop_at_fault):
-        """Yields (index, audio (samples,) on the device) of the files that this process embeds.
+        """Reads this process's part of the files; yields (index, audio (samples,) on the device).
 
-        Adds {index: what is wrong} of the others to `found`. stop_at_fault: after the first fault,
-        files are only checked.
+        Adds {index: what is wrong} to `found` for files that cannot be used. stop_at_fault: after
+        the first of them, only check the others.
         """
-        own = range(process_rank(), len(paths), process_count())
+        own_indices = range(process_rank(), len(paths), process_count())
         utterances = parallel_map(
             functools.partial(audio_or_fault, read),
-            [paths[index] for index in own],
-            min(self.n_cpu, len(own)),
+            [paths[index] for index in own_indices],
+            self.n_cpu,
             pin_memory=self.on_gpu,
         )
         hide = True if process_rank() > 0 else None
-        shown = tqdm(utterances, 'evaluating', len(own), unit='file', disable=hide, leave=False)
+        count = len(own_indices)
+        shown = tqdm(utterances, 'evaluating', count, unit='file', disable=hide, leave=False)
         split_paths = []
-        for index, (audio, fault) in zip(own, shown):
+        for index, (audio, fault) in zip(own_indices, shown):
             if fault:
                 found[index] = fault
             elif not (found and stop_at_fault):
                 if len(audio) > LONGEST:
                     split_paths.append(paths[index])
-                # A copy on a CPU too: a worker's tensor holds shared memory and an open file.
+                # Copy it on a CPU, too: a worker's tensor holds shared memory and an open file.
                 yield index, self.copy_to_device(audio, copy=True)
 
         split_paths = tools.gather(split_paths)
@@ -385,29 +400,31 @@ class ECAPAModel(nn.Module):
                 f'{len(split_paths)} files, for example {split_paths[0]}'
             )
 
-    def embed_window(self, window, embeddings):
-        """Fills in embeddings (N, 2, D), zeros so far, from a list of (index, audio (samples,)).
+    def embed_window(self, pending, embeddings):
+        """Fills in rows of embeddings (N, 2, D), zeros so far, for a list of (index, audio).
 
-        Nothing waits for a GPU.
+        Nothing here waits for a GPU.
         """
         batch_frames = BATCH_FRAMES if self.on_gpu else CPU_BATCH_FRAMES
         with self.float32_as_asked():
-            self.embed_whole(window, embeddings[:, 0], batch_frames)
-            self.embed_crops(window, embeddings[:, 1], batch_frames)
+            self.embed_whole(pending, embeddings[:, 0], batch_frames)
+            self.embed_crops(pending, embeddings[:, 1], batch_frames)
 
-    def embed_whole(self, window, embeddings, batch_frames):
+    def embed_whole(self, pending, embeddings, batch_frames):
         """Adds the unit embeddings of whole utterances, or of their parts, to embeddings (N, D).
 
         Utterances of about the same length share a batch.
         """
+        # Compute features, the longest first.
         encoder = self.speaker_encoder
         step = SHAPE_STEP if self.on_gpu else 1
         items = []
-        for index, audio in window:
+        for index, audio in pending:
             for part in audio.tensor_split(math.ceil(len(audio) / LONGEST)):
                 items.append((index, encoder.features(part[None], step=step)))
         items.sort(key=lambda item: item[1].shape[2], reverse=True)
 
+        # Embed them in padded batches.
         while items:
             longest = step * math.ceil(items[0][1].shape[2] / step)
             size = max(1, batch_frames // longest)
@@ -416,22 +433,22 @@ class ECAPAModel(nn.Module):
 
             frames = [x.shape[2] for x in features]
             padded = torch.cat([F.pad(x, (0, longest - x.shape[2])) for x in features])
-            lengths = None if min(frames) == longest else self.upload(frames)
+            lengths = None if min(frames) == longest else self.numbers_to_device(frames)
             vectors = F.normalize(encoder.encode(padded, lengths))
-            embeddings.index_add_(0, self.upload(indices), vectors)
+            embeddings.index_add_(0, self.numbers_to_device(indices), vectors)
 
-    def embed_crops(self, window, embeddings, batch_frames):
+    def embed_crops(self, pending, embeddings, batch_frames):
         """Sets rows of embeddings (N, D) to the mean unit embedding of each utterance's crops."""
         encoder = self.speaker_encoder
         size = max(1, batch_frames // (5 * (1 + EVAL_CROP // HOP)))
-        for start in range(0, len(window), size):
-            indices, audio = zip(*window[start : start + size])
+        for start in range(0, len(pending), size):
+            indices, audio = zip(*pending[start : start + size])
             crops = torch.cat([eval_crops(samples) for samples in audio])
             vectors = F.normalize(encoder.encode(encoder.features(crops)))
             means = vectors.view(len(audio), 5, -1).mean(dim=1)
-            embeddings[self.upload(indices)] = means
+            embeddings[self.numbers_to_device(indices)] = means
 
-    def upload(self, numbers):
+    def numbers_to_device(self, numbers):
         """Returns integers as a tensor on the device, without waiting for a GPU."""
         numbers = torch.tensor(numbers)
         if self.on_gpu:
@@ -439,35 +456,35 @@ class ECAPAModel(nn.Module):
         return self.copy_to_device(numbers)
 
     def copy_to_device(self, tensor, copy=False):
-        """Returns a tensor on the device; copy: a new one even if it is there already.
+        """Returns a tensor on the device; with copy, a new one even if it is there already.
 
-        Only CUDA keeps the memory of a tensor until an unfinished copy of it is done. On other
-        devices the copy is finished when this returns.
+        On a GPU of NVIDIA the copy may finish later: CUDA keeps the memory of the source until
+        then. Other devices do not, so there it is finished when this returns.
         """
         return tensor.to(self.device, non_blocking=self.on_gpu, copy=copy)
 
     def save_parameters(self, path):
-        """Writes the flat state dict of the published format.
+        """Writes a checkpoint of the published format.
 
-        Its names are speaker_encoder.* and speaker_loss.*.
+        It is a flat state dict whose names are speaker_encoder.* and speaker_loss.*.
         """
         state = self.state_dict()
         for name, tensor in state.items():
-            # A machine without this device must be able to load it.
+            # Machines without this device must be able to load it.
             state[name] = tensor.cpu()
         tools.write_whole(path, lambda file: torch.save(state, file))
 
     def load_parameters(self, path):
-        """Loads a checkpoint; returns the names left out, a classifier of other speakers.
+        """Loads a checkpoint. Returns the names left out: a classifier of other speakers.
 
-        Raises BadInput for an encoder that does not fit.
+        Raises BadInput if the encoder does not fit.
         """
         weights, _ = read_checkpoint(path)
         return load_weights(self, weights, path)
 
 
 def ramp(epochs_done, begin, end):
-    """Returns 0 up to `begin`, 1 from `end` on, and a straight line between them."""
+    """Returns a number that rises from 0 at `begin` to 1 at `end`, and is constant outside."""
     return min(1, max(0, epochs_done - begin) / max(1e-9, end - begin))
 
 
@@ -480,21 +497,21 @@ def average_gradients(parameters):
 
 
 class TimedBatches:
-    """The batches of a loader, and the share of the time in which the device had nothing to do.
+    """Iterates over a loader, and measures the share of time in which the device was idle.
 
-    On a GPU the host runs ahead, and waits for batches while the GPU computes. So there the GPU
-    itself takes the times (CUDA events) at which it ends a step and begins the next one.
+    With a GPU the host runs ahead: it may wait for a batch while the GPU computes. So CUDA events
+    take the times at which the GPU itself ends a step and begins the next one.
     """
 
     def __init__(self, loader, on_gpu=False):
         self.loader = loader
         self.on_gpu = on_gpu
         self.begin = time.perf_counter()
-        self.gaps = []  # (end of a step, begin of the next one), not yet added to idle
+        self.gaps = []  # (end of a step, start of the next one), not yet added to idle
         self.idle = 0.0  # seconds
 
     def __iter__(self):
-        # The first batch takes as long as the workers take to start, which does not count.
+        # The wait for the first batch does not count: the workers are starting.
         ended = None
         for batch in self.loader:
             if ended is not None:
@@ -503,7 +520,7 @@ class TimedBatches:
             ended = self.now()
 
     def now(self):
-        """Returns the time, on a GPU as an event that it passes when it gets there."""
+        """Returns the time; for a GPU, an event that takes the time when the GPU reaches it."""
         if not self.on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -513,26 +530,26 @@ class TimedBatches:
     def share_idle(self):
         """Returns the idle share (0 to 1) of the time so far.
 
-        A GPU must have finished all steps, as it has after sum_of_finite.
+        A GPU must have finished all steps; it has after sum_of_finite.
         """
-        for ended, begun in self.gaps:
+        for ended, started in self.gaps:
             if self.on_gpu:
-                self.idle += ended.elapsed_time(begun) / 1000
+                self.idle += ended.elapsed_time(started) / 1000
             else:
-                self.idle += begun - ended
+                self.idle += started - ended
         self.gaps = []
         return self.idle / self.seconds()
 
     def seconds(self):
-        """Returns the time since the loader was first asked."""
+        """Returns the seconds since this object was made."""
         return time.perf_counter() - self.begin
 
 
 def sum_of_finite(not_seen, epoch, step):
-    """Sum (3,) of what train_step returned for the batches of not_seen, [(batch, results)].
+    """Returns the sum (3,) of the results of train_step in not_seen, [(batch, results)].
 
-    step: the number of the last of them. Raises Diverged where one is not finite. This is the one
-    place where the host waits for the GPU.
+    step: the number of the last one. Raises Diverged if one is not finite. Only here the host waits
+    for the GPU.
     """
     results = torch.stack([result for _, result in not_seen]).cpu().double()
     finite = results.isfinite().all(dim=1).tolist()
@@ -557,8 +574,8 @@ class Diverged(BadInput):
 
 def unusable(embeddings, paths):
     """Returns {index: sentence} of files whose embeddings (N, 2, D) are zero or not finite."""
-    # Numbers too large for float32 end as NaN, or as zeros where the norm alone is too large. The
-    # comparison is false for NaN.
+    # Samples too large for float32 give NaN, for which the comparison is false; or zeros, if only
+    # the norm overflows.
     usable = (embeddings.norm(dim=2) > 0).all(dim=1)
     rows = torch.nonzero(~usable).flatten().tolist()
     return {
@@ -566,20 +583,20 @@ def unusable(embeddings, paths):
     }
 
 
-def refuse(faults, count):
-    """Raises BadInput that names every fault of `count` files, if there is one."""
+def raise_if_any(faults, count):
+    """Raises BadInput that names all faults of `count` files, if there are any."""
     if faults:
         raise BadInput('\n'.join([f'{len(faults)} of {count} files cannot be embedded:', *faults]))
 
 
-# Machinery: saving and resuming; reading checkpoints; devices.
+# Machinery: checkpoints and devices.
 
 
 # Saving and resuming.
 
 
 class Done(NamedTuple):
-    """The last epoch that a run has finished (0: none), and its figures, None where not known."""
+    """The last epoch that a run has finished (0: none), and its figures (None: not known)."""
 
     epoch: int = 0
     loss: float | None = None
@@ -588,16 +605,16 @@ class Done(NamedTuple):
 
 
 def save_training(system, folder, done, identity, keep=0):
-    """Writes model_EPOCH.model and, in model_EPOCH.state, what else a resume needs; then prunes.
+    """Writes model_EPOCH.model, and model_EPOCH.state with all else that a resume needs; prunes.
 
-    done: Done; identity: {option: value} of what changes the numbers of the run. Raises BadInput
-    for weights that are not finite.
+    done: Done. identity: {option: value} of the options that change the numbers of the run. Raises
+    BadInput if a weight is not finite.
     """
     for name, tensor in system.state_dict().items():
         if not tensor.isfinite().all():
             raise BadInput(
-                f'epoch {done.epoch}: {name} is not finite any more; it is not saved. A lower --lr '
-                'may help'
+                f'epoch {done.epoch}: {name} is not finite any more, so nothing is saved. A lower '
+                '--lr may help'
             )
     path = os.path.join(folder, f'model_{done.epoch:04d}')
     state = {**done._asdict(), 'identity': identity, 'optim': system.optim.state_dict()}
@@ -609,15 +626,15 @@ def save_training(system, folder, done, identity, keep=0):
 def resume(system, folder, identity, force=False):
     """Loads the newest checkpoint of a folder that can be read, with the optimiser's state.
 
-    identity: {option: value} of what changes the numbers of this run. Returns (Done, the options
-    that changed, as text), and (None, []) if there is no run. Raises BadInput if options changed,
-    unless force is given, and for checkpoints that cannot be read or do not fit.
+    identity: {option: value} of the options that change the numbers of this run. Returns (Done, the
+    options that changed, as text), or (None, []) if the folder holds no run. Raises BadInput if
+    options changed, unless force is true, and if no checkpoint can be read or fits.
     """
     path, weights, state = newest_checkpoint(folder)
     if path is None:
         return None, []
 
-    # Weights without a .state, and runs that began before an option was there, say only this.
+    # Compare the options. Without a .state only those are known that the weights show.
     changes = changed_options({**describe(weights), **state.get('identity', {})}, identity)
     if changes and not force:
         message = [
@@ -627,6 +644,7 @@ def resume(system, folder, identity, force=False):
         ]
         raise BadInput('\n'.join(message))
 
+    # Load the weights and the state of the optimiser.
     left_out = load_weights(system, weights, path)
     if left_out:
         raise BadInput(
@@ -645,7 +663,7 @@ def resume(system, folder, identity, force=False):
 
 
 def changed_options(saved, identity):
-    """The options of a run, {option: value}, that were saved with another value, as text."""
+    """Returns the options, {option: value}, that were saved with another value, as text."""
     return [
         f'--{name} {value} (was {saved[name]})'
         for name, value in identity.items()
@@ -654,11 +672,14 @@ def changed_options(saved, identity):
 
 
 def load_optimiser(optim, saved, path):
-    """Loads a saved state of an optimiser; its weight decay stays. BadInput for another kind."""
+    """Loads the saved state of an optimiser, which keeps its weight decay.
+
+    Raises BadInput if the state is of another optimiser.
+    """
     group = optim.param_groups[0]
     if ('momentum' in saved['param_groups'][0]) != ('momentum' in group):
         raise BadInput(
-            f'{path}: the optimiser beside it is another one; give the --optimizer it began with'
+            f'{path}: this run used another optimiser; give the --optimizer that it began with'
         )
     weight_decay = group['weight_decay']
     optim.load_state_dict(saved)
@@ -674,16 +695,17 @@ def load_weights(system, weights, path):
     Returns the names left out: those of the classifier, if it is for other speakers or another
     loss. Raises BadInput if the encoder does not fit.
     """
-    own = system.state_dict()
+    expected = system.state_dict()
 
-    # Filters and counts are the same in every model, so a checkpoint may lack them.
+    # A checkpoint may lack filters and counters of batch norms, which are the same in every model.
     for name, tensor in system.named_buffers():
         if not name.endswith(('running_mean', 'running_var')):
             weights = {name: tensor, **weights}
 
     unfit = []
-    for name in own | weights:
-        if name not in own or name not in weights or own[name].shape != weights[name].shape:
+    for name in expected | weights:
+        in_both = name in expected and name in weights
+        if not in_both or expected[name].shape != weights[name].shape:
             unfit.append(name)
     encoder = [name for name in unfit if name.startswith('speaker_encoder.')]
     if encoder:
@@ -700,17 +722,17 @@ def load_weights(system, weights, path):
 
 
 def load_model(path, **options):
-    """ECAPAModel with the sizes and the weights of a checkpoint.
+    """Returns an ECAPAModel with the sizes and the weights of a checkpoint.
 
-    options: as ECAPAModel's, such as device. Raises BadInput for a C or n_class that contradicts
-    the checkpoint.
+    options: those of ECAPAModel, for example device. Raises BadInput if C or n_class contradict the
+    checkpoint.
     """
     weights, _ = read_checkpoint(path)
     return model_of(weights, path, **options)
 
 
 def load_model_of(args):
-    """(ECAPAModel of --initial_model, {'path', 'sha256'} of it) with a command's other options."""
+    """Loads --initial_model of a command; returns (ECAPAModel, {'path', 'sha256'} of the file)."""
     if not args.initial_model:
         raise BadInput('--initial_model is needed: the checkpoint to score')
     require(os.path.isfile, args.initial_model, '--initial_model')
@@ -720,13 +742,13 @@ def load_model_of(args):
 
 
 def model_of(weights, path, **options):
-    """ECAPAModel with the weights that were read from `path`; options: as in load_model."""
+    """Returns an ECAPAModel with weights that were read from `path`; options: as in load_model."""
     found = describe(weights)
     for name in ('C', 'n_class'):
         wanted = options.get(name)
         if wanted not in (None, found[name]):
             raise BadInput(
-                f'--{name} {wanted} contradicts {path}, where it is {found[name]}; leave it out'
+                f'--{name} {wanted} contradicts {path}, which has {found[name]}; leave it out'
             )
     training = {'lr': 0.001, 'lr_decay': 0.97, 'm': 0.2, 's': 30, 'test_step': 1}
     system = ECAPAModel(**{**training, **options, **found})
@@ -740,9 +762,9 @@ def model_of(weights, path, **options):
 
 
 def prune(folder, keep, epoch):
-    """Removes half-written files and, up to an epoch, older checkpoints.
+    """Removes half-written files, and old checkpoints of epochs up to `epoch`.
 
-    The newest 2 states and `keep` models stay (0 keeps all).
+    The newest two states stay, and the newest `keep` models (0 keeps all).
     """
     states = [path for path, saved in saved_files(folder, 'state').items() if saved <= epoch]
     removed = states[2:]
@@ -756,15 +778,15 @@ def prune(folder, keep, epoch):
 
 
 def saved_models(folder):
-    """{path of a checkpoint: its epoch} in a run's folder of models, the newest first."""
+    """Returns {path of a checkpoint: its epoch} in a run's folder of models, the newest first."""
     return saved_files(folder, 'model')
 
 
 def saved_files(folder, ending):
-    """{path: epoch} of the files model_EPOCH.ENDING in a folder, the newest first.
+    """Returns {path: epoch} of the files model_EPOCH.ENDING in a folder, the newest first.
 
-    There are none if there is no such folder. Raises BadInput for a folder that cannot be read, as
-    it may hold a run.
+    It is empty if there is no such folder. Raises BadInput if the folder cannot be read: it may
+    hold a run.
     """
     try:
         names = os.listdir(folder)
@@ -782,24 +804,24 @@ def saved_files(folder, ending):
 
 
 def newest_checkpoint(folder):
-    """(path, weights, state) of the newest of a run's checkpoints that can be read.
+    """Reads the newest checkpoint of a run that can be read; returns (path, weights, state).
 
-    Those with a state are preferred. Returns (None, None, None) for a folder without checkpoints,
-    and says on standard error which files are damaged. Raises BadInput if all of them are; and at
-    once for an error that is not damage, for example a disk that does not answer.
+    Checkpoints with a state come first. Returns (None, None, None) for a folder without
+    checkpoints. Prints on standard error which files are damaged. Raises BadInput if all of them
+    are, and at once for an error that is not damage, for example a disk that does not answer.
     """
     models = saved_models(folder)
     states = {epoch: path for path, epoch in saved_files(folder, 'state').items()}
     faults = []
 
-    # A model with the optimiser's state beside it: the run continues exactly.
+    # Models with the optimiser's state beside them: the run continues exactly.
     for path, epoch in models.items():
         if epoch in states:
             with report_damage(faults):
                 weights, _ = read_checkpoint(path)
                 return path, weights, read_state(states[epoch], epoch)
 
-    # A model only, as other programs write it: the optimiser begins again.
+    # Models only, as other programs write them: the optimiser begins again.
     for path, epoch in models.items():
         with report_damage(faults):
             weights, _ = read_checkpoint(path)
@@ -815,7 +837,7 @@ def newest_checkpoint(folder):
 
 @contextlib.contextmanager
 def report_damage(faults):
-    """Prints a Damaged error of the block and adds it to `faults`, unless it is there already."""
+    """Prints a Damaged error of the block and adds it to `faults`, unless it is in there."""
     try:
         yield
     except Damaged as error:
@@ -829,7 +851,7 @@ class Damaged(BadInput):
 
 
 def read_state(path, epoch):
-    """Reads what save_training wrote beside a checkpoint; Damaged if it is something else."""
+    """Reads the state beside a checkpoint. Raises Damaged if save_training did not write it."""
     state, _ = read_file(path, 'the state of a training run')
     optim = state.get('optim') if isinstance(state, dict) else None
     if not isinstance(optim, dict) or 'param_groups' not in optim or state.get('epoch') != epoch:
@@ -841,10 +863,10 @@ def read_state(path, epoch):
 
 
 def read_checkpoint(path):
-    """(State dict, SHA-256) of a checkpoint.
+    """Reads a checkpoint; returns (state dict, SHA-256).
 
-    Names lose what DataParallel and torch.compile put into them. Raises Damaged for a damaged file,
-    and BadInput if it cannot be read or is not a checkpoint of this model.
+    Removes the prefixes of DataParallel and torch.compile from names. Raises Damaged if the file is
+    damaged, and BadInput if it cannot be read or is not a checkpoint of this model.
     """
     state, sha256 = read_file(path, 'a checkpoint')
     if not is_flat_dictionary(state):
@@ -866,21 +888,21 @@ def read_checkpoint(path):
 
 
 def without_wrappers(name):
-    """The name of a tensor without 'module.' and '_orig_mod.', whichever module was wrapped."""
+    """Returns a tensor's name without 'module' and '_orig_mod', whichever module was wrapped."""
     return '.'.join(part for part in name.split('.') if part not in ('module', '_orig_mod'))
 
 
 def is_flat_dictionary(state):
-    """Whether something is a dictionary of names and tensors."""
+    """Returns whether an object is a dictionary of names and tensors."""
     if not isinstance(state, dict):
         return False
     return all(isinstance(name, str) and torch.is_tensor(state[name]) for name in state)
 
 
 def describe(state):
-    """Tells from a checkpoint's state dict which encoder and loss it belongs to.
+    """Finds out which encoder and loss the state dict of a checkpoint belongs to.
 
-    Returns {'encoder', 'C', 'loss', 'n_class'}, with None where that is unknown.
+    Returns {'encoder', 'C', 'loss', 'n_class'}, with None for what is unknown.
     """
     encoder, C = encoder_of(part_of(state, 'speaker_encoder.'))
     loss, n_class = loss_of(part_of(state, 'speaker_loss.'))
@@ -897,9 +919,10 @@ def part_of(state, prefix):
 
 
 def read_file(path, role):
-    """(What torch.save wrote, on the CPU; SHA-256), running nothing that is in the file.
+    """Reads a file of torch.save without running code of it; returns (object, SHA-256).
 
-    Raises Damaged that says what the file is instead, and BadInput if it cannot be read at all.
+    Tensors are on the CPU. Raises Damaged that says what the file is instead, and BadInput if it
+    cannot be read at all.
     """
     content = tools.read_bytes(path)
     try:
@@ -912,17 +935,19 @@ def read_file(path, role):
         loaded = torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
         return loaded, tools.sha256(content)
     except Exception as error:
-        # torch.load raises a dozen types for damaged files. Lack of memory is not damage.
+        # torch.load raises a dozen types for damaged files. Too little memory is not damage.
         if tools.message_for(error):
             raise
-        raise Damaged(f'{path}: cannot be read as {role}: {what_it_is(content, error)}') from error
+        raise Damaged(
+            f'{path}: cannot be read as {role}: {explain_damage(content, error)}'
+        ) from error
 
 
-def what_it_is(content, error):
-    """What bytes are that torch.load refused with `error`, and what to do."""
+def explain_damage(content, error):
+    """Returns what the bytes are that torch.load refused with `error`, and what to do."""
     code = re.search(r'GLOBAL (\S+)', str(error))
     if code:
-        return f'it would run code on loading ({code[1]}), where only tensors are expected; refused'
+        return f'it would run code on loading ({code[1]}), but only tensors are expected; refused'
     if not content:
         return 'it is empty (0 bytes)'
     if content.startswith(b'PK'):
@@ -938,9 +963,9 @@ def what_it_is(content, error):
 
 @contextlib.contextmanager
 def tuned_convolutions():
-    """Lets cuDNN try all its algorithms on each new shape, within the block.
+    """Lets cuDNN try all its algorithms on each new shape in the block.
 
-    This pays in training, where all batches have one shape.
+    This pays in training, because all batches have one shape.
     """
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
@@ -952,7 +977,7 @@ def tuned_convolutions():
 
 @contextlib.contextmanager
 def without_tf32():
-    """Makes a GPU compute convolutions and matrix products in full float32 within the block."""
+    """Makes a GPU compute convolutions and matrix products in full float32 in the block."""
     switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
     before = [switch.fp32_precision for switch in switches]
     for switch in switches:
@@ -972,7 +997,7 @@ def choose_device(name='auto'):
     """
     chosen = name
     if name == 'auto':
-        # A GPU that cannot be used is an error: two days on the CPU by accident are a lost run.
+        # A GPU that cannot be used is an error: nobody wants to train on the CPU by accident.
         chosen = 'cuda' if torch.cuda.is_available() or has_nvidia_gpu() else 'cpu'
     try:
         device = torch.device(chosen)
@@ -980,7 +1005,7 @@ def choose_device(name='auto'):
             raise BadInput(f'--device {name}: not supported; choose cpu, cuda or mps')
         torch.empty(0, device=device).cpu()
         if device.type == 'cuda' and device.index:
-            # Or PyTorch would put some of its own things on the first GPU.
+            # Otherwise PyTorch would put some of its tensors on the first GPU.
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         message = f'--device {name}: not available here: {tools.summary(error)}'
@@ -991,7 +1016,7 @@ def choose_device(name='auto'):
 
 
 def has_nvidia_gpu():
-    """Whether this machine shows a GPU of NVIDIA, which CUDA_VISIBLE_DEVICES does not hide."""
+    """Returns whether this machine has a GPU of NVIDIA that CUDA_VISIBLE_DEVICES does not hide."""
     if os.environ.get('CUDA_VISIBLE_DEVICES') in ('', '-1'):
         return False
     return bool(glob.glob('/dev/nvidia[0-9]*'))

@@ -133,7 +133,7 @@ class train_loader(Dataset):
 
     An item is (FloatTensor (num_frames * 160 + 240,), int label); a label is the speaker's index in
     the sorted `speakers`. dataset[index] draws from torch's generator, as any dataset;
-    dataset[epoch, index] depends on seed, epoch and index alone.
+    dataset[epoch, index] depends only on seed, epoch and index.
 
     train_list: lines `speaker path`, with paths below train_path. musan_path: MUSAN, whole or cut
     into pieces. rir_path: room impulse responses. speed_perturb: play each crop at one of three
@@ -660,8 +660,8 @@ def shared_memory_errors():
 #
 # The length in a header may be wrong. It may be missing (a file that came from a pipe), never
 # filled in (a program that was stopped), guessed (an MP3 without a Xing header) or too large (a
-# file that was cut), and in an Ogg file it may count the first of several streams only. So one
-# rule holds for all files: read blocks until nothing comes, and compare what came with what was
+# file that was cut). Of several recordings in one file it may count only the first. So one rule
+# holds for all files: read blocks until nothing comes, and compare what came with what was
 # announced. AudioFile does this. If a file is not whole, training and evaluation refuse it
 # (read_audio), and scripts that use a model note it (read_any). Only crops of 16-bit wav have a
 # faster way (read_crop), which first compares the header with the size of the file.

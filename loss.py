@@ -12,8 +12,8 @@ from tools import accuracy
 class AAMsoftmax(nn.Module):
     """Additive angular margin softmax (Deng et al., ArcFace, CVPR 2019, eq. 3).
 
-    n_class: speakers; m: margin in radians; s: scale of the cosines; size: numbers in an embedding.
-    Every loss is made with these four and has the methods of this one.
+    n_class: number of speakers. m: margin in radians. s: scale of the cosines. size: of an
+    embedding. Every loss is made with these four and has the methods of this one.
     """
 
     def __init__(self, n_class, m, s, size=192):
@@ -38,20 +38,19 @@ class AAMsoftmax(nn.Module):
         return len(state['weight']) or None
 
     def forward(self, x, label):
-        """x: (B, size) embeddings; label: (B,) speakers. Returns (loss, top-1 accuracy in percent).
+        """Returns (loss, top-1 accuracy in percent) of embeddings x (B, size) with label (B,).
 
-        The accuracy counts the logits with the margin: the nearest speaker is the right one more
-        often.
+        The accuracy is that of the logits with the margin, so it is lower than the share of
+        embeddings whose own speaker is the nearest.
         """
         cosine = F.linear(F.normalize(x), F.normalize(self.weight))  # (B, n_class)
         target = cosine.gather(1, label.view(-1, 1))  # (B, 1)
 
-        # Where |cos| reaches 1 the root's slope is infinite, and the chain rule would make a NaN
-        # of it.
+        # At |cos| = 1 the slope of the root is infinite, and the chain rule would make NaN of it.
         sine = (1 - target * target).clamp(min=torch.finfo(target.dtype).eps).sqrt()
         with_margin = target * math.cos(self.m) - sine * math.sin(self.m)
 
-        # Past θ = π − m the cosine of θ + m would rise again; a line goes on falling.
+        # Beyond θ = π − m the cosine of θ + m would rise again; a straight line keeps falling.
         line = target - math.sin(math.pi - self.m) * self.m
         with_margin = torch.where(target > math.cos(math.pi - self.m), with_margin, line)
 

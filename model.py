@@ -20,7 +20,7 @@ HALF_WINDOW = 256  # samples of a frame to either side of its centre
 
 
 class PreEmphasis(nn.Module):
-    """y[t] = x[t] - coef * x[t - 1] on (B, samples); before the first sample is a reflection."""
+    """Computes x[t] - coef * x[t - 1] of x (B, samples), whose beginning is reflected for x[-1]."""
 
     def __init__(self, coef=0.97):
         super().__init__()
@@ -28,7 +28,7 @@ class PreEmphasis(nn.Module):
         self.register_buffer('flipped_filter', torch.tensor([[[-coef, 1.0]]]))
 
     def forward(self, input):
-        # Not a convolution, which a GPU may round to the 10 bits of TF32.
+        # A GPU may round a convolution to the 10 bits of TF32, so this is a sum.
         before = torch.cat((input[:, 1:2], input[:, :-1]), dim=1)
         return input * self.flipped_filter[0, 0, 1] + before * self.flipped_filter[0, 0, 0]
 
@@ -132,7 +132,7 @@ class SEModule(nn.Module):
 
 
 class Encoder(nn.Module):
-    """What all encoders share: log-mel features and SpecAugment, and the size of an embedding.
+    """Base of all encoders: log-mel features, SpecAugment, and the size of an embedding.
 
     A network derives from this class, has an entry in ENCODERS and defines `encode` and
     `channels_of`, as ECAPA_TDNN does. It is made with the number of channels only. Its batch norms
@@ -221,7 +221,7 @@ class ECAPA_TDNN(Encoder):
 
         frames: (B,) lengths of utterances that are padded with zeros to T frames. Padding is kept
         out of every mean and zeroed again before every convolution that looks at neighbours, so
-        each embedding is that of the utterance alone (in evaluation mode).
+        each embedding is that of the utterance without padding (in evaluation mode).
         """
         mask = mask_of(frames, x)
         x = self.bn1(self.relu(self.conv1(x)))  # (B, C, T)
@@ -309,7 +309,7 @@ def mask_of(frames, x):
 def extend(x, step):
     """Extends (B, samples) so that its spectrogram has a multiple of `step` frames.
 
-    The frames of x itself do not change: behind its end they see its reflection, as they would.
+    The frames of x do not change: after the end they see its reflection, as without an extension.
     """
     frames = 1 + x.shape[1] // HOP
     frames = step * math.ceil((frames + 3) / step)  # 3 more have room for the reflection

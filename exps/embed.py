@@ -14,7 +14,7 @@ import os
 import numpy as np
 
 from dataLoader import find_audio, read_list
-from ECAPAModel import load_model_of, refuse
+from ECAPAModel import load_model_of, raise_if_any
 from exps.scoring import add_scoring_options
 from tools import BadInput, check_writable, exit_on_bad_input, in_range, write_whole
 
@@ -50,7 +50,7 @@ def embed(args):
     embeddings = system.embed_files(paths, any_format=True, channel=args.channel, faults=faults)
     usable = [row for row in range(len(paths)) if row not in faults]
     if not usable:
-        refuse(list(faults.values()), len(paths))
+        raise_if_any(list(faults.values()), len(paths))
 
     names = np.array([paths[row] for row in usable])
     vectors = embeddings[usable, 0]
@@ -58,7 +58,7 @@ def embed(args):
     write_whole(args.out, lambda file: np.savez(file, names=names, embeddings=vectors))
     print(f'{args.out}: {len(names):,} embeddings of {vectors.shape[1]} numbers')
     # The embeddings of usable files are written; the exit status tells that some are missing.
-    refuse(list(faults.values()), len(paths))
+    raise_if_any(list(faults.values()), len(paths))
 
 
 def add_channel_option(parser):

@@ -19,7 +19,7 @@ import numpy as np
 from scipy.special import softmax
 
 from dataLoader import find_audio, model_fault, read_list, split_lines, subfolders
-from ECAPAModel import load_model_of, refuse
+from ECAPAModel import load_model_of, raise_if_any
 from exps.embed import add_channel_option, list_files
 from exps.scoring import add_scoring_options, choose_normalisation, load_cohort, score_kinds
 from exps.verify import find_calibration
@@ -82,7 +82,7 @@ def identify(args):
     kind = calibration['kind'] if calibration else 'raw'
     write_csv(args, usable, list(people), scores[kind], calibration)
     # The results of usable recordings are written; the exit status tells that some are missing.
-    refuse(faults, len(files) + sum(map(len, people.values())))
+    raise_if_any(faults, len(files) + sum(map(len, people.values())))
 
 
 def check_out(out):
@@ -137,7 +137,7 @@ def embed_people(system, people, files, channel):
 
     rows = [row for row in range(start, start + len(files)) if row not in faults]
     if not rows:
-        refuse(list(faults.values()), start + len(files))
+        raise_if_any(list(faults.values()), start + len(files))
     usable = [files[row - start] for row in rows]
     return np.stack(models), embeddings[rows], usable, list(faults.values())
 

@@ -20,7 +20,7 @@ from scipy.special import ndtr, stdtrit
 from tqdm import tqdm
 
 from dataLoader import check_audio, read_train_list, read_trial_lists, require
-from ECAPAModel import Scored, load_model_of, refuse
+from ECAPAModel import Scored, load_model_of, raise_if_any
 from tools import (
     FIGURES,
     PRIORS,
@@ -222,7 +222,7 @@ def embed_speakers(system, files):
     faults = {}
     embeddings = system.embed_files(paths, faults=faults)
     if len(faults) > len(paths) * MAX_BAD / 100:
-        refuse(list(faults.values()), len(paths))
+        raise_if_any(list(faults.values()), len(paths))
 
     means = []
     start = 0

@@ -73,8 +73,11 @@ def test_forward_and_evaluation_on_a_gpu_read_nothing_back(monkeypatch, precisio
         convolution = torch.bfloat16 if precision == 'bf16' else torch.float32
         assert seen == [convolution, torch.float32]
 
-        # Uploads are pinned and do not wait; a fake tensor of known numbers cannot go to the GPU.
-        system.upload = lambda numbers: torch.zeros(len(numbers), dtype=torch.long, device='cuda')
+        # Copies of pinned memory do not wait; a fake tensor of known numbers cannot go to the GPU.
+        def zeros(numbers):
+            return torch.zeros(len(numbers), dtype=torch.long, device='cuda')
+
+        system.numbers_to_device = zeros
         embeddings = torch.zeros(3, 2, 192, device='cuda')
         lengths = (20000, EVAL_CROP, 400 * 16000)
         with torch.inference_mode():
