@@ -443,6 +443,13 @@ def shift(x):
     return origin.flatten(), x - origin
 
 
+def foreign_batch_norms(network):
+    """Returns the names of batch norms in a network that see only the batch of their process."""
+    modules = network.named_modules()
+    norms = [(name, module) for name, module in modules if hasattr(module, 'running_mean')]
+    return [name for name, norm in norms if not isinstance(norm, BatchNorm)]
+
+
 class BatchNorm(nn.BatchNorm1d):
     """nn.BatchNorm1d with the statistics of all processes, if several train together.
 

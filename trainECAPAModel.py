@@ -34,7 +34,7 @@ from ECAPAModel import (
 )
 from exps.scoring import add_scoring_options, evaluate, say_figures
 from loss import LOSSES
-from model import ENCODERS
+from model import ENCODERS, foreign_batch_norms
 from tools import BadInput, first_process_first, in_range, process_count, process_rank, say
 
 
@@ -326,8 +326,15 @@ def build_system(args, speakers):
 def check_description(system, args):
     """Checks, before training, that checkpoints of the system will be readable.
 
-    Raises BadInput if they would be read as checkpoints of another encoder or loss.
+    Raises BadInput if they would be read as checkpoints of another encoder or loss, or if several
+    processes train and a batch norm does not see the batches of all.
     """
+    foreign = foreign_batch_norms(system.speaker_encoder)
+    if foreign and process_count() > 1:
+        raise BadInput(
+            f'--encoder {args.encoder}: {foreign[0]} has other statistics in each process; use '
+            'BatchNorm of model.py'
+        )
     found = describe(system.state_dict())
     if (found['encoder'], found['C']) != (args.encoder, system.C):
         raise BadInput(

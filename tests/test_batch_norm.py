@@ -1,14 +1,17 @@
 """Is the batch norm of several processes that of their whole batch? And what does it cost?"""
 
+from argparse import Namespace
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from benchmark import step_traffic
-from conftest import portable_system, wave
+from conftest import make_system, portable_system, wave
 
-from model import ENCODERS, BatchNorm, NormOfAll
-from tools import process_count, process_rank, sum_over_processes
+from model import ENCODERS, BatchNorm, NormOfAll, foreign_batch_norms
+from tools import BadInput, process_count, process_rank, sum_over_processes
+from trainECAPAModel import check_description
 
 # Largest relative errors: rounding to bfloat16 twice, a half of 2^-8 each.
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
@@ -160,11 +163,18 @@ def test_one_process_has_the_norm_of_pytorch_in_a_2d_network():
 def test_the_batch_norms_of_an_encoder_see_all_processes(encoder):
     """Others would keep different statistics in each process, of which only one's are saved."""
     with torch.device('meta'):
-        modules = list(ENCODERS[encoder](64).modules())
-    norms = [
-        module for module in modules if isinstance(module, torch.nn.modules.batchnorm._NormBase)
-    ]
-    assert {type(norm) for norm in norms} <= {BatchNorm}
+        network = ENCODERS[encoder](64)
+    assert foreign_batch_norms(network) == []
+
+
+def test_an_encoder_with_other_batch_norms_is_refused_if_several_processes_train(monkeypatch):
+    system = make_system()
+    system.speaker_encoder.layer1.bn3 = torch.nn.BatchNorm1d(8)
+    args = Namespace(encoder='ecapa', loss='aam')
+    check_description(system, args)
+    monkeypatch.setattr('trainECAPAModel.process_count', lambda: 2)
+    with pytest.raises(BadInput, match='layer1.bn3'):
+        check_description(system, args)
 
 
 @pytest.mark.slow
