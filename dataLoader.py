@@ -342,7 +342,7 @@ class NoiseFiles:
         index = np.searchsorted(self.pieces, piece, side='right')
         before = int(self.pieces[index - 1]) if index else 0
         start = (piece - before) * PIECE_STEP
-        return read_crop(self.paths[index], length, rng, piece=start)
+        return read_crop(self.paths[index], length, rng, piece_start=start)
 
 
 def read_room(path):
@@ -1164,34 +1164,34 @@ def is_narrow(audio):
     return bool(above < 10**-5.7 * power.sum())
 
 
-def read_crop(path, length, rng, piece=None):
+def read_crop(path, length, rng, piece_start=None):
     """Reads a crop of `length` samples at a random place, float32 (length,).
 
-    An utterance shorter than the crop is repeated. piece: None for an utterance; for noise, the
-    sample at which the 5 s begin that the crop is drawn from. Noise may be silent, and the layout
-    of its files is remembered, as they are read again and again. Raises BadInput as read_audio
-    does.
+    An utterance shorter than the crop is repeated. piece_start: None for an utterance; for noise,
+    the sample at which the 5 s begin that the crop is drawn from. Noise may be silent, and the
+    layout of its files is remembered, as they are read again and again. Raises BadInput as
+    read_audio does.
     """
-    layout = wav_layout(path) if piece is None else known_wav_layout(path)
+    layout = wav_layout(path) if piece_start is None else known_wav_layout(path)
     if layout:
         offset, frames = layout
-        start = draw_start(frames, length, rng, piece)
+        start = draw_start(frames, length, rng, piece_start)
         audio = read_layout(path, offset + 2 * start, min(frames - start, length))
     else:
-        audio = decode_crop(path, length, rng, piece)
+        audio = decode_crop(path, length, rng, piece_start)
 
-    if piece is None and np.vdot(audio, audio) == 0:
+    if piece_start is None and np.vdot(audio, audio) == 0:
         # A silent crop is fine if the file is not silent as a whole.
         read_audio(path)
     return audio if len(audio) == length else np.resize(audio, length)
 
 
-def decode_crop(path, length, rng, piece):
+def decode_crop(path, length, rng, piece_start):
     """Reads a crop of a file that has to be decoded, float32 (at most length,)."""
     with open_audio(path) as file:
         refuse_file(path, file.other_format())
         if file.is_whole():
-            start = draw_start(file.announced, length, rng, piece)
+            start = draw_start(file.announced, length, rng, piece_start)
             count = min(file.announced - start, length)
             audio = file.read_at(start, count)
             if len(audio) == count:
@@ -1199,17 +1199,17 @@ def decode_crop(path, length, rng, piece):
                 return audio
     # The length is unknown, or the file has a fault, which read_audio names.
     audio = read_audio(path, silent_ok=True)
-    start = draw_start(len(audio), length, rng, piece)
+    start = draw_start(len(audio), length, rng, piece_start)
     return audio[start : start + length]
 
 
-def draw_start(frames, length, rng, piece):
+def draw_start(frames, length, rng, piece_start):
     """Draws where a crop of `length` samples begins in a file of `frames`, as in read_crop."""
     begin = 0
     end = frames
-    if piece is not None and piece < frames:
-        begin = piece
-        end = min(frames, piece + PIECE)
+    if piece_start is not None and piece_start < frames:
+        begin = piece_start
+        end = min(frames, piece_start + PIECE)
     if end - begin <= length:
         return begin
     return rng.randint(begin, end - length)

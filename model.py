@@ -90,7 +90,7 @@ class Bottle2neck(nn.Module):
         self.width = width
 
     def forward(self, x, mask=None):
-        """mask: (B, 1, T), 1 in the frames of an utterance and 0 in its padding."""
+        """Returns (B, planes, T). mask: (B, 1, T), 1 in an utterance and 0 in its padding."""
         reduced = self.bn1(self.relu(self.conv1(x)))  # (B, planes, T)
         groups = reduced.split(self.width, dim=1)  # scale x (B, planes / scale, T)
 
@@ -158,9 +158,9 @@ class Encoder(nn.Module):
         self.specaug = FbankAug()
 
     def forward(self, x, aug):
-        """x: (B, samples) waveforms at 16 kHz in [-1, 1]; aug: whether to mask (SpecAugment).
+        """Returns embeddings (B, embedding_size), not normalised, of waveforms x (B, samples).
 
-        Returns embeddings (B, embedding_size), not normalised. No gradient flows to x.
+        x: at 16 kHz, in [-1, 1]; no gradient flows to it. aug: whether to mask (SpecAugment).
         """
         return self.encode(self.features(x, aug))
 
@@ -239,9 +239,9 @@ class ECAPA_TDNN(Encoder):
             return self.bn6(self.fc6(self.bn5(x)))  # (B, 192)
 
     def pool(self, x, mask=None):
-        """Attentive statistics with global context (paper, section 3.2).
+        """Pools x (B, 1536, T) by attentive statistics with global context (paper, section 3.2).
 
-        x: (B, 1536, T). Returns the weighted means and standard deviations, float32 (B, 3072).
+        Returns the weighted means and standard deviations, float32 (B, 3072).
         """
         # Statistics over time.
         values = x.float()
@@ -432,7 +432,7 @@ class NormOfAll(torch.autograd.Function):
 
 
 def shift(x):
-    """An origin (channels,) for the numbers of x (B, channels, T), and x minus it.
+    """Returns an origin (channels,) for the numbers of x (B, channels, T), and x minus it.
 
     Beside a large mean float32 loses small deviations, so its origin is one of the numbers. In
     bfloat16 they are lost already: its origin is 0.

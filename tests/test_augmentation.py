@@ -164,7 +164,7 @@ def test_a_piece_longer_than_what_is_left_ends_with_the_audio(tmp_path, tail):
         file.write(bytes(tail))
 
     for _ in range(2):
-        crop = read_crop(path, 600, random.Random(1), piece=900)
+        crop = read_crop(path, 600, random.Random(1), piece_start=900)
         np.testing.assert_allclose(crop, 0.5, atol=1e-4)
 
 
@@ -172,7 +172,7 @@ def test_a_piece_longer_than_what_is_left_ends_with_the_audio(tmp_path, tail):
 def test_short_utterances_are_wrapped_round(tmp_path, samples):
     ramp = np.arange(samples) / 2000
     path = write_wav(tmp_path / 'ramp.wav', ramp)
-    crop = read_crop(path, 1000, random.Random(7), piece=0)
+    crop = read_crop(path, 1000, random.Random(7), piece_start=0)
     np.testing.assert_allclose(crop, np.pad(ramp, (0, 1000 - samples), 'wrap'), atol=1e-6)
 
 

@@ -290,7 +290,7 @@ def test_files_of_known_layout_read_the_same(tmp_path, subtype, tolerance):
         crop = read_crop(path, 5000, random.Random(0), piece)
         np.testing.assert_allclose(crop, audio, atol=tolerance)
 
-    of_noise = read_crop(path, 1000, random.Random(1), piece=0)
+    of_noise = read_crop(path, 1000, random.Random(1), piece_start=0)
     assert np.array_equal(of_noise, read_crop(path, 1000, random.Random(1)))
 
 
