@@ -277,22 +277,21 @@ def test_a_log_that_cannot_be_written_does_not_end_a_training(tree, redirection)
 
 
 def test_an_interrupt_is_obeyed_while_a_batch_is_awaited(tree):
-    """The loading process would sleep for an hour."""
+    """The loading process sends it, and would then sleep for an hour."""
+    training = os.getpid()
 
     class Asleep(train_loader):
         def __getitem__(self, index):
+            time.sleep(1)
+            os.kill(training, signal.SIGINT)
             time.sleep(3600)
 
-    dataset = Asleep(**tree, num_frames=20)
-    loader = make_batches(dataset, 4, n_cpu=1)
+    loader = make_batches(Asleep(**tree, num_frames=20), 4, n_cpu=1)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    timer = threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT))
     try:
         with pytest.raises(KeyboardInterrupt):
-            timer.start()
             make_system().train_network(1, loader)
     finally:
-        timer.join()
         signal.signal(signal.SIGINT, before)
 
 
