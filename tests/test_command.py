@@ -133,7 +133,7 @@ def test_a_checkpoint_of_the_published_code_is_continued(voices, trained, tmp_pa
     (folder / 'score.txt').write_text(line)
 
     run(voices, max_epoch=6, test_step=2, save_path=folder)
-    assert 'optimiser starts from the beginning' in capsys.readouterr().err
+    assert 'model_0004' in capsys.readouterr().err
     scores = read_scores(folder / 'score.txt')
     assert [score[0] for score in scores] == [4, 6]
     assert scores[1][5] == 0.01

@@ -77,7 +77,7 @@ def test_a_line_twice_is_said(separate, capsys):
 def test_a_single_speaker_is_said(separate, capsys):
     edit(separate['train_list'], change=lambda line: line.replace('id1 ', 'id0 '))
     (warning,) = warnings(separate, capsys)
-    assert '--train_list has a single speaker, id0' in warning
+    assert '--train_list' in warning and 'id0' in warning
 
 
 def test_windows_line_ends_and_blank_lines_are_no_part_of_a_list(separate, tmp_path):

@@ -153,7 +153,7 @@ def test_a_gpu_that_pytorch_cannot_use_is_said(monkeypatch):
     assert choose_device().type == 'cpu'
 
     monkeypatch.setattr('ECAPAModel.glob.glob', lambda pattern: ['/dev/nvidia0'])
-    with pytest.raises(BadInput, match='not available here.*update its driver.*--device cpu'):
+    with pytest.raises(BadInput, match='--device cpu'):
         choose_device()
     assert choose_device('cpu').type == 'cpu'
 
