@@ -236,6 +236,19 @@ def test_what_is_wrong_is_said_once(tree, tmp_path, option, value, words):
     assert 'trainECAPAModel.py", line' not in launcher.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('fault', ['--initial_model', 'results.json'])
+def test_an_evaluation_that_cannot_begin_is_refused_once(tree, tmp_path, fault):
+    options = {**cli.SMALL, **tree, 'initial_model': str(tmp_path / 'absent.model')}
+    if fault == 'results.json':
+        Path(tree['save_path']).mkdir()
+        Path(tree['save_path'], 'results.json').write_text('{}')
+    launcher = torchrun(COMMAND, '--eval', *command_line(**options), cwd=tmp_path)
+    assert launcher.returncode != 0
+    assert launcher.stderr.count(f'error: {fault}') + launcher.stderr.count(f'/{fault}: ') == 1
+    assert 'trainECAPAModel.py", line' not in launcher.stderr
+
+
 def test_a_batch_that_cannot_be_divided_is_refused(tree, monkeypatch):
     monkeypatch.setattr('dataLoader.process_count', lambda: 2)
     with pytest.raises(BadInput, match='--batch_size 5 .* 2 processes'):
