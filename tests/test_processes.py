@@ -193,16 +193,16 @@ def test_a_restarted_job_goes_on_after_the_last_checkpoint(tree, tmp_path):
 
 @pytest.mark.slow
 def test_a_check_goes_through_the_files_once(tree, tmp_path):
-    """In the first of two processes: every file of the training list is read one time."""
+    """In the first of two processes: every file is opened one time."""
     script = tmp_path / 'watched.py'
     script.write_text(
         'import dataLoader, trainECAPAModel\n'
-        'read_audio = dataLoader.read_audio\n'
-        'def watched(path, *args, **kwargs):\n'
+        'open_audio = dataLoader.open_audio\n'
+        'def watched(path):\n'
         '    with open("read.txt", "a") as file:\n'
         '        file.write(f"{path}\\n")\n'
-        '    return read_audio(path, *args, **kwargs)\n'
-        'dataLoader.read_audio = watched\n'
+        '    return open_audio(path)\n'
+        'dataLoader.open_audio = watched\n'
         'trainECAPAModel.main()\n'
     )
     options = dict(SMALL, n_cpu=0)

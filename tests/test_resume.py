@@ -377,7 +377,7 @@ def test_a_second_run_is_refused(tree, capsys):
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         for line in first.stdout:
-            if 'epoch 1' in line:
+            if ' epoch 1,' in line:
                 break
         message = refusal(capsys, train, tree)
         assert tree['save_path'] in message
