@@ -328,9 +328,10 @@ def test_a_process_alone_may_have_the_variables_of_a_launcher(monkeypatch):
     for name, value in {'RANK': '0', 'WORLD_SIZE': '1', 'SLURM_NTASKS': '1'}.items():
         monkeypatch.setenv(name, value)
     join_processes(Namespace(device='cpu'))
+    assert process_count() == 1
 
 
-# Runs the command, after a process of its own has had its options changed.
+# Runs the command, after the options of one process were changed.
 UNLIKE = """
 import os, sys, time
 from pathlib import Path
