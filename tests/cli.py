@@ -1,9 +1,15 @@
 """Runs the commands as a user does: training, --eval, and whatever they refuse."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 import trainECAPAModel
 
+ROOT = Path(__file__).parents[1]
 # A training that takes a second. Tests override what they are about.
 SMALL = {'C': 8, 'num_frames': 20, 'batch_size': 4, 'max_epoch': 1, 'n_cpu': 0, 'device': 'cpu'}
 
@@ -37,3 +43,25 @@ def refusal(capsys, call, *args, **kwargs):
     assert stop.value.code == 2, message
     assert 'Traceback' not in message
     return message
+
+
+def torchrun(script, *arguments, restarts=0, cwd):
+    """Runs a script in two processes of this machine; returns the finished launcher."""
+    command = [
+        sys.executable,
+        '-m',
+        'torch.distributed.run',
+        '--nproc_per_node=2',
+        f'--max-restarts={restarts}',
+        '--rdzv-backend=c10d',
+        '--rdzv-endpoint=localhost:0',
+        str(script),
+        *arguments,
+    ]
+    environment = dict(os.environ)
+    environment['OMP_NUM_THREADS'] = '1'
+    environment['GLOO_SOCKET_IFNAME'] = 'lo'
+    environment['PYTHONPATH'] = str(ROOT)
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
