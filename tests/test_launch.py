@@ -12,7 +12,7 @@ import torch
 from cli import SMALL, command_line, refusal, torchrun, train
 
 from dataLoader import make_batches, train_loader
-from tools import BadInput
+from tools import BadInput, process_count
 from trainECAPAModel import join_processes
 
 ROOT = Path(__file__).parents[1]
@@ -130,6 +130,7 @@ def test_a_process_alone_may_have_the_variables_of_a_launcher(monkeypatch):
     for name, value in {'RANK': '0', 'WORLD_SIZE': '1', 'SLURM_NTASKS': '1'}.items():
         monkeypatch.setenv(name, value)
     join_processes(Namespace(device='cpu'))
+    assert process_count() == 1
 
 
 # Runs the command, after a process of its own has had its options changed.
