@@ -541,13 +541,14 @@ class Loader(DataLoader):
         if self.num_workers:
             prepare_sockets()
         try:
-            batches = super().__iter__()
+            with tools.hold_signals():
+                batches = super().__iter__()
+                tools.helpers[:] = multiprocessing.active_children()
         except OSError as error:
             raise BadInput(
                 f'{self.num_workers} loading processes cannot be started ({error.strerror}): use a '
                 'smaller --n_cpu'
             ) from error
-        tools.helpers[:] = multiprocessing.active_children()
         return batches
 
 
@@ -602,8 +603,17 @@ def prepare_sockets():
 
 
 def prepare_worker(worker):
-    """Makes a worker ignore Ctrl-C, which the main process handles, and end by any error."""
+    """Makes a worker ignore Ctrl-C, which the main process handles, and end by any error.
+
+    It ends at once if the main process has died while it started.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tools.release_signals()
+    # PyTorch's workers notice if their parent dies later, but not if it is already dead. With
+    # forkserver the parent is the server, which ends after the main process.
+    by_server = multiprocessing.get_start_method() == 'forkserver'
+    if not by_server and os.getppid() != multiprocessing.parent_process().pid:
+        os._exit(1)
     # The thread that sends results would print an error and go on, and the main process would wait
     # for the result for ever.
     multiprocessing.queues.Queue._on_queue_feeder_error = end_worker

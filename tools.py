@@ -334,6 +334,8 @@ def sha256(content):
 PATIENCE = 3 * 3600  # seconds: the first process may go through all files of VoxCeleb2
 TIMEOUT = 600  # seconds after which a process that does not answer counts as hung
 
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 common_store = None  # torchrun's store of keys for the processes that train together
 turns = itertools.count()  # names the blocks of first_process_first
 helpers = []  # processes that load data for this one
@@ -570,7 +572,7 @@ def end_on_signals(resume_hint=None):
         end_by_signal(number, resume_hint)
 
     if owns_the_process():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in ENDING_SIGNALS:
             under_torchrun = number == signal.SIGTERM and 'TORCHELASTIC_RUN_ID' in os.environ
             # Ctrl-C stays ignored in the background of a script.
             if signal.getsignal(number) != signal.SIG_IGN and not under_torchrun:
@@ -580,6 +582,30 @@ def end_on_signals(resume_hint=None):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def hold_signals():
+    """Makes Ctrl-C and SIGTERM wait until the end of the block, which starts helpers.
+
+    A helper is known only some time after it was forked. If a signal ended this process before
+    that, the helper would not be killed, and could wait for work for ever. Helpers inherit that
+    signals wait; they call release_signals.
+    """
+    if not hasattr(signal, 'pthread_sigmask'):  # on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def release_signals():
+    """Ends the effect of hold_signals in a helper."""
+    if hasattr(signal, 'pthread_sigmask'):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
 
 
 def owns_the_process():
@@ -654,7 +680,7 @@ def why_helpers_died(resume_hint):
     codes = {helper.exitcode for helper in helpers} - {None, 0}
     if not codes:
         return None
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in ENDING_SIGNALS:
         if -number in codes and owns_the_process():
             end_by_signal(number, resume_hint)
 
