@@ -37,12 +37,12 @@ from loss import LOSSES, loss_of
 from model import ENCODERS, HOP, encoder_of
 from tools import BadInput, process_count, process_rank, say
 
-LOOK_EVERY = 10  # steps of a GPU between two looks at their losses, for which the host waits
+LOOK_EVERY = 10  # steps between two looks at their losses; for each the host waits for the GPU
 BATCH_FRAMES = 16384  # frames in a batch of evaluation on a GPU: about 1.5 GB with 1,024 channels
-CPU_BATCH_FRAMES = 4096  # larger ones do not stay in the cache
+CPU_BATCH_FRAMES = 4096  # the same on a CPU: larger batches do not stay in its cache
 WINDOW_FRAMES = 8 * BATCH_FRAMES  # frames read before they are sorted by length into batches
-SHAPE_STEP = 64  # numbers of frames are rounded up to it: a GPU plans again for each new number
-LONGEST = 300 * RATE  # samples of a recording that is embedded in one piece
+SHAPE_STEP = 64  # frames are padded to multiples of it: a GPU plans anew for each new length
+LONGEST = 300 * RATE  # samples of the longest recording that is embedded in one piece
 
 # Files that people give in place of a checkpoint by mistake: {how they begin: what to do}.
 OTHER_FILES = {
@@ -106,7 +106,7 @@ class ECAPAModel(nn.Module):
             half = self.on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
             self.precision = 'bf16' if half else 'fp32'
         self.n_cpu = n_cpu
-        self.share_idle = 0.0  # of the last epoch, in which the device waited for data
+        self.share_idle = 0.0  # share of the last epoch in which the device waited for data
         self.warned_of_waiting = False
 
         # Encoder and classifier.
@@ -124,7 +124,7 @@ class ECAPAModel(nn.Module):
 
         # Optimiser.
         if optimizer == 'sgd':
-            # The fused one cannot begin with gradients of the classifier only.
+            # Not fused: the fused SGD fails if at first only the classifier has gradients.
             self.optim = torch.optim.SGD(
                 self.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay
             )
@@ -132,7 +132,7 @@ class ECAPAModel(nn.Module):
             self.optim = torch.optim.Adam(
                 self.parameters(), lr=lr, weight_decay=weight_decay, fused=True
             )
-        # An attribute of the published code that nothing steps: rate_at sets the learning rate.
+        # An attribute of the published code; not used here, where rate_at sets the learning rate.
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optim, test_step, gamma=lr_decay)
 
         # Steps and schedules.
@@ -198,7 +198,7 @@ class ECAPAModel(nn.Module):
     def float32_as_asked(self):
         """Returns the context in which float32 is as precise as `precision` says.
 
-        forward, train_step and embed_files use it. Whoever calls backward() directly needs it too.
+        forward, train_step and embed_files use it. Code that calls backward() itself needs it too.
         """
         return without_tf32() if self.precision == 'exact' else contextlib.nullcontext()
 
@@ -301,7 +301,7 @@ class ECAPAModel(nn.Module):
         return figures['EER']['value'], figures['minDCF(0.05)']['value']
 
     def score_lists(self, paths, trial_lists):
-        """Scores what read_trial_lists returns; returns {'raw': Scored} for each list."""
+        """Scores trial lists of read_trial_lists; returns {'raw': Scored} for each of them."""
         embeddings = self.embed_files(paths)
         results = []
         for trials in trial_lists:
@@ -314,7 +314,7 @@ class ECAPAModel(nn.Module):
     def embed(self, paths, channel=None):
         """Returns unit embeddings of whole files, float32 (N, D), of any rate and channels.
 
-        channel: as in embed_files. Standard error says what had to be converted.
+        channel: as in embed_files. A note on standard error names each file that is converted.
         """
         return self.embed_files(paths, any_format=True, channel=channel)[:, 0]
 
@@ -324,15 +324,16 @@ class ECAPAModel(nn.Module):
 
         The first is the unit embedding of the whole utterance. The second is the mean of the unit
         embeddings of its five crops, so the dot product of two means is the mean over 25 pairs of
-        crops. A recording longer than five minutes is the mean of its equal parts.
+        crops. A recording longer than five minutes is cut into equal parts; its first vector is the
+        unit vector of the sum of their embeddings.
 
-        any_format: read files of any rate and number of channels, of which `channel` (from 1) may
-        choose one. If several processes train together, each reads its part of the files, and all
-        return the same.
+        any_format: also read files of other rates and numbers of channels; `channel` (from 1)
+        chooses a channel. If several processes train together, each reads a part of the files,
+        and all return the same.
 
         Raises BadInput that names every file that cannot be used, or whose embedding is zero or not
-        finite. If `faults` is a dictionary, {index: what is wrong} of these files is added to it
-        instead, and their rows mean nothing.
+        finite. If `faults` is a dictionary, these files are added to it instead, as
+        {index: what is wrong}, and their rows have no meaning.
         """
         # Read files, and embed them as soon as there are many.
         self.eval()
@@ -401,7 +402,7 @@ class ECAPAModel(nn.Module):
             )
 
     def embed_window(self, pending, embeddings):
-        """Fills in rows of embeddings (N, 2, D), zeros so far, for a list of (index, audio).
+        """Embeds a list of (index, audio) into rows of embeddings (N, 2, D) that are still zero.
 
         Nothing here waits for a GPU.
         """
@@ -458,8 +459,8 @@ class ECAPAModel(nn.Module):
     def copy_to_device(self, tensor, copy=False):
         """Returns a tensor on the device; with copy, a new one even if it is there already.
 
-        On a GPU of NVIDIA the copy may finish later: CUDA keeps the memory of the source until
-        then. Other devices do not, so there it is finished when this returns.
+        On a GPU of NVIDIA the copy may finish after this returns: CUDA keeps the memory of the
+        source until then. Other devices do not, so on them this waits for the copy.
         """
         return tensor.to(self.device, non_blocking=self.on_gpu, copy=copy)
 
@@ -475,7 +476,7 @@ class ECAPAModel(nn.Module):
         tools.write_whole(path, lambda file: torch.save(state, file))
 
     def load_parameters(self, path):
-        """Loads a checkpoint. Returns the names left out: a classifier of other speakers.
+        """Loads a checkpoint; returns the names of tensors that were left out, as load_weights.
 
         Raises BadInput if the encoder does not fit.
         """
@@ -530,7 +531,7 @@ class TimedBatches:
     def share_idle(self):
         """Returns the idle share (0 to 1) of the time so far.
 
-        A GPU must have finished all steps; it has after sum_of_finite.
+        A GPU must have finished all steps, as it has after sum_of_finite.
         """
         for ended, started in self.gaps:
             if self.on_gpu:
@@ -574,12 +575,12 @@ class Diverged(BadInput):
 
 def unusable(embeddings, paths):
     """Returns {index: sentence} of files whose embeddings (N, 2, D) are zero or not finite."""
-    # Samples too large for float32 give NaN, for which the comparison is false; or zeros, if only
-    # the norm overflows.
+    # Huge samples overflow. The embedding is then NaN, for which the comparison is false, or zero
+    # if only its norm overflows.
     usable = (embeddings.norm(dim=2) > 0).all(dim=1)
     rows = torch.nonzero(~usable).flatten().tolist()
     return {
-        i: f'{paths[i]}: its embedding is zero or not finite; is the model sound?' for i in rows
+        i: f'{paths[i]}: its embedding is zero or not finite; is the model damaged?' for i in rows
     }
 
 
@@ -605,7 +606,7 @@ class Done(NamedTuple):
 
 
 def save_training(system, folder, done, identity, keep=0):
-    """Writes model_EPOCH.model, and model_EPOCH.state with all else that a resume needs; prunes.
+    """Writes model_EPOCH.model, and model_EPOCH.state for resuming; then removes old files.
 
     done: Done. identity: {option: value} of the options that change the numbers of the run. Raises
     BadInput if a weight is not finite.
@@ -634,13 +635,14 @@ def resume(system, folder, identity, force=False):
     if path is None:
         return None, []
 
-    # Compare the options. Without a .state only those are known that the weights show.
+    # Compare the options. Without a .state only those are known that follow from the weights.
     changes = changed_options({**describe(weights), **state.get('identity', {})}, identity)
     if changes and not force:
         message = [
             f'{folder} holds a run with other options, which would change its numbers:',
             *changes,
-            'Give those it began with (options.txt), choose another --save_path, or add --force.',
+            'Give the options of that run (options.txt), choose another --save_path, or add '
+            '--force.',
         ]
         raise BadInput('\n'.join(message))
 
@@ -663,7 +665,7 @@ def resume(system, folder, identity, force=False):
 
 
 def changed_options(saved, identity):
-    """Returns the options, {option: value}, that were saved with another value, as text."""
+    """Returns a line of text for each option of {option: value} whose saved value differs."""
     return [
         f'--{name} {value} (was {saved[name]})'
         for name, value in identity.items()
@@ -672,9 +674,9 @@ def changed_options(saved, identity):
 
 
 def load_optimiser(optim, saved, path):
-    """Loads the saved state of an optimiser, which keeps its weight decay.
+    """Loads the saved state of an optimiser, but not the saved weight decay.
 
-    Raises BadInput if the state is of another optimiser.
+    Raises BadInput if the state is that of another optimiser.
     """
     group = optim.param_groups[0]
     if ('momentum' in saved['param_groups'][0]) != ('momentum' in group):
@@ -692,8 +694,8 @@ def load_optimiser(optim, saved, path):
 def load_weights(system, weights, path):
     """Loads a state dict that was read from `path`.
 
-    Returns the names left out: those of the classifier, if it is for other speakers or another
-    loss. Raises BadInput if the encoder does not fit.
+    Returns the names of tensors that were left out: those of the classifier, if it has another
+    number of speakers or belongs to another loss. Raises BadInput if the encoder does not fit.
     """
     expected = system.state_dict()
 
@@ -837,7 +839,7 @@ def newest_checkpoint(folder):
 
 @contextlib.contextmanager
 def report_damage(faults):
-    """Prints a Damaged error of the block and adds it to `faults`, unless it is in there."""
+    """Prints a Damaged error of the block and adds it to `faults`, unless it is there already."""
     try:
         yield
     except Damaged as error:
@@ -921,8 +923,8 @@ def part_of(state, prefix):
 def read_file(path, role):
     """Reads a file of torch.save without running code of it; returns (object, SHA-256).
 
-    Tensors are on the CPU. Raises Damaged that says what the file is instead, and BadInput if it
-    cannot be read at all.
+    Tensors are on the CPU. Raises Damaged, with a message that says what the file is instead, and
+    BadInput if it cannot be read at all.
     """
     content = tools.read_bytes(path)
     try:
@@ -935,7 +937,7 @@ def read_file(path, role):
         loaded = torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
         return loaded, tools.sha256(content)
     except Exception as error:
-        # torch.load raises a dozen types for damaged files. Too little memory is not damage.
+        # torch.load raises many types of errors for damaged files. Too little memory is not damage.
         if tools.message_for(error):
             raise
         raise Damaged(

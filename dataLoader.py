@@ -55,28 +55,29 @@ from tools import (
 )
 
 RATE = 16000
-LOWEST_RATE = 1000  # of a recording that is resampled; a damaged header may say anything
+LOWEST_RATE = 1000  # Hz; a damaged header may say anything
 SPEEDS = (100, 90, 110)  # percent
 NOISE_SNR = {'noise': (0, 15), 'speech': (13, 20), 'music': (5, 15)}  # dB, of each clip
 NOISE_CLIPS = {'noise': (1, 1), 'speech': (3, 8), 'music': (1, 1)}  # fewest and most clips mixed in
 TELEPHONE_RATE = 8000
 TELEPHONE_BAND = (300, 3400)  # Hz
-PIECE = 5 * RATE  # a noise recording counts as its pieces of 5 s,
-PIECE_STEP = 3 * RATE  # one every 3 s
+PIECE = 5 * RATE  # a noise recording counts by its pieces of 5 s,
+PIECE_STEP = 3 * RATE  # which begin every 3 s
 LATEST_DIRECT = 0.2  # s; in the rooms of OpenSLR 28 the direct sound comes after 0.07 s at most
 ATTEMPTS = 100  # files that are tried in place of one that cannot be used
 EVAL_CROP = 300 * 160 + 240
 SHORTEST = 257  # samples that a spectrogram needs: each end is extended by 256 of them, reflected
-FEWEST_SPEAKERS = 5  # that an interval needs
+FEWEST_SPEAKERS = 5  # for an interval
 SPEAKER_RULE = (
     'the speaker of a file is its first folder, after those that all files of the list share; '
     '--speaker PATTERN takes another part of its path'
 )
 
-# Batches that each loading process has made or is making. If these processes are just fast enough,
-# 2 hide a batch that takes twice the mean time. A batch is a sum over many utterances: the slowest
-# of 20,000 takes 1.25 times the mean with 50 utterances, 1.1 times with 400. More would only fill
-# memory: 16 processes hold 1.7 GB of the published batches.
+# How many batches each loading process makes ahead. If the processes are just fast enough on
+# average, 2 are enough for a batch that takes twice the mean time. No batch takes so long, because
+# it has many utterances: of 20,000 batches the slowest takes 1.25 times the mean time with 50
+# utterances, and 1.1 times with 400. More would only fill memory: 16 processes hold 1.7 GB of
+# batches of the published size.
 PREFETCH = 2
 
 LABELS = {b'1': 1, b'0': 0, b'target': 1, b'nontarget': 0}  # 1: the same speaker
@@ -137,11 +138,11 @@ class train_loader(Dataset):
 
     train_list: lines `speaker path`, with paths below train_path. musan_path: MUSAN, whole or cut
     into pieces. rir_path: room impulse responses. speed_perturb: play each crop at one of three
-    speeds, equally likely; the pitch changes too, so crops at 0.9 and 1.1 count as other speakers:
-    with S speakers in the list, labels S to 2 S - 1 and 2 S to 3 S - 1. augment: share of the crops
-    that is augmented. codec: share that then goes through a codec. Options of the published command
-    that are not used here are accepted; others raise TypeError. Raises BadInput if a list or folder
-    cannot be used.
+    speeds, equally likely. The pitch changes too, so crops at 0.9 and 1.1 count as other speakers.
+    Their labels are S to 2 S - 1 and 2 S to 3 S - 1 if the list has S speakers. augment: share of
+    the crops that are augmented. codec: share of the crops that then go through a codec. Options of
+    the published command that are not used here are accepted; others raise TypeError. Raises
+    BadInput if a list or folder cannot be used.
 
     The attribute bad_audio may be a BadAudio: it then lists each utterance, noise and room that
     cannot be used, and another one replaces it. Otherwise such a file raises BadInput.
@@ -245,7 +246,7 @@ class train_loader(Dataset):
     def read_or_replace(self, index, length, rng):
         """Reads `length` samples of an utterance; returns (samples, index).
 
-        If its file cannot be used, another utterance replaces it, whose index is returned. The
+        If its file cannot be used, another utterance replaces it, and its index is returned. The
         choice depends only on seed, epoch and index, not on which files are known to be bad.
         """
 
@@ -277,8 +278,9 @@ class train_loader(Dataset):
 def first_usable(candidates, read, on_fault=None):
     """Returns read(candidate) of the first candidate whose file can be used.
 
-    candidates: an iterator that never ends. on_fault: called with the BadInput of each file before.
-    Raises the last one if none of ATTEMPTS candidates can be used, and the first without on_fault.
+    candidates: an iterator that never ends. on_fault: called with the BadInput of each file that
+    cannot be used; without it the first BadInput is raised. Raises the last BadInput if none of
+    ATTEMPTS candidates can be used.
     """
     for _ in range(ATTEMPTS - 1):
         try:
@@ -349,14 +351,14 @@ def read_room(path):
     """Reads a room impulse response, float32 (taps,).
 
     Raises BadInput as read_audio does, and if the direct sound comes so late that crops would begin
-    with silence: then the file has a lead, or is not a room impulse response.
+    with silence. The file then begins with silence, or is not a room impulse response.
     """
     rir = read_audio(path)
     direct = int(np.abs(rir).argmax()) / RATE
     if direct > LATEST_DIRECT:
         raise BadInput(
-            f'{path}: its strongest sample comes after {direct:.2f} s, and the direct sound of a '
-            f'room response within {LATEST_DIRECT} s; cut off what is before it'
+            f'{path}: its strongest sample comes after {direct:.2f} s, but the direct sound of a '
+            f'room must come within {LATEST_DIRECT} s; cut off the silence before it'
         )
     return rir
 
@@ -398,7 +400,7 @@ def telephone_filter():
 def usable_codecs():
     """Returns {name: Codec} of TELEPHONE and INTERNET.
 
-    Raises BadInput if this libsndfile lacks one: runs of two machines would not be alike.
+    Raises BadInput if this libsndfile lacks one: runs on two machines would then differ.
     """
     codecs = {**TELEPHONE, **INTERNET}
     lacking = [name for name, codec in codecs.items() if not is_usable(codec)]
@@ -426,7 +428,7 @@ def reverberate(audio, rir):
 
 
 def decibels(audio):
-    """Returns the level of audio in dB. The 1e-4 limits how much near silence is amplified."""
+    """Returns the level of audio in dB. The 1e-4 limits how much quiet audio is amplified."""
     return 10 * np.log10(np.vdot(audio, audio) / audio.size + 1e-4)
 
 
@@ -541,13 +543,14 @@ class Loader(DataLoader):
         if self.num_workers:
             prepare_sockets()
         try:
-            batches = super().__iter__()
+            with tools.hold_signals():
+                batches = super().__iter__()
+                tools.helpers[:] = multiprocessing.active_children()
         except OSError as error:
             raise BadInput(
                 f'{self.num_workers} loading processes cannot be started ({error.strerror}): use a '
                 'smaller --n_cpu'
             ) from error
-        tools.helpers[:] = multiprocessing.active_children()
         return batches
 
 
@@ -555,7 +558,7 @@ def parallel_map(function, items, n_cpu, **kwargs):
     """Returns an iterable of function(item) for each item, in order, by up to n_cpu processes."""
     n_cpu = usable_processes(n_cpu, len(items))
     if len(items) <= 2:
-        n_cpu = 0  # this process is done sooner than another one has started
+        n_cpu = 0  # starting a process would take longer than the work
     if n_cpu:
         function = functools.partial(share_result, function)
     # Send the items one by one: a process that is spawned would get a copy of a whole list.
@@ -589,7 +592,7 @@ def can_start_processes():
 def prepare_sockets():
     """Makes a folder for the sockets of loading processes, in /tmp if the path of TMPDIR is long.
 
-    The operating system allows 107 bytes, of which multiprocessing adds 32 to TMPDIR.
+    The path of a socket may have 107 bytes, and multiprocessing adds 32 to TMPDIR.
     """
     chosen = tempfile.gettempdir()
     if len(os.fsencode(chosen)) > 75:
@@ -602,8 +605,17 @@ def prepare_sockets():
 
 
 def prepare_worker(worker):
-    """Makes a worker ignore Ctrl-C, which the main process handles, and end by any error."""
+    """Makes a worker ignore Ctrl-C, which the main process handles, and end at any error.
+
+    It ends at once if the main process has died while it started.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tools.release_signals()
+    # PyTorch's workers notice if their parent dies later, but not if it is already dead. With
+    # forkserver the parent is the server, which ends after the main process.
+    by_server = multiprocessing.get_start_method() == 'forkserver'
+    if not by_server and os.getppid() != multiprocessing.parent_process().pid:
+        os._exit(1)
     # The thread that sends results would print an error and go on, and the main process would wait
     # for the result for ever.
     multiprocessing.queues.Queue._on_queue_feeder_error = end_worker
@@ -623,7 +635,7 @@ def share_result(function, item):
     try:
         result = function(item)
     except OSError as error:
-        # Its number and its file would not reach the main process.
+        # Make the message here: the main process would not get the error's number and file.
         message = message_for(error)
         if message is None:
             raise
@@ -858,8 +870,8 @@ class CorrectedFile(io.FileIO):
 def completed_header(file, begin):
     """Returns the header of a wav, RF64, CAF or AU with the length that nobody filled in.
 
-    A program cannot go back in a pipe to do so, or was stopped before. Returns b'' if nothing has
-    to be changed.
+    The program wrote to a pipe, in which it cannot go back, or was stopped too early. Returns b''
+    if nothing has to be changed.
     """
     if begin.startswith(b'.snd'):
         return begin[:8] + b'\xff' * 4 if begin[8:12] == bytes(4) else b''
@@ -1068,7 +1080,7 @@ def read_any(path, shortest=1, channel=None):
     if rate < 12000 or is_narrow(audio):
         notes.append(
             'no sound in the upper half of the band, as on a telephone: scores with wideband '
-            'recordings are lower, so compare it with recordings of its own kind'
+            'recordings are lower, so compare it with recordings of the same kind'
         )
     if notes:
         print(f'{path}: {"; ".join(notes)}', file=sys.stderr)
@@ -1121,7 +1133,7 @@ def resampling_ratio(rate):
 def resample_blocks(blocks, ratio):
     """Resamples blocks (samples,), and yields blocks.
 
-    Together these are what change_rate returns for all samples at once. ratio: as resampling_ratio
+    Joined, they are what change_rate returns for all samples at once. ratio: as resampling_ratio
     returns it.
     """
     if ratio == 1:
@@ -1226,7 +1238,7 @@ def wav_layout(path):
             offset = file.tell()
             size = os.fstat(file.fileno()).st_size
     except Exception:
-        # wave raises half a dozen types for damaged files; libsndfile decides what these are.
+        # wave raises many types of errors for damaged files; libsndfile decides what these are.
         return None
     frames = header.getnframes()
     if (header.getframerate(), header.getnchannels(), header.getsampwidth()) != (RATE, 1, 2):
@@ -1311,7 +1323,7 @@ class BadAudio:
 def find_audio(folder, role, any_format=False):
     """Returns the sorted paths of all wav and flac files below a folder.
 
-    A note names the other audio files. any_format: return these too, because the caller will judge
+    A note names the other audio files. any_format: return these too, because the caller will check
     each file. Raises BadInput if there is none.
     """
     if any_format:
@@ -1474,7 +1486,7 @@ class Strings:
 
 
 class TrialList(NamedTuple):
-    """A trial list with N trials. Their sides are enrolment models and files."""
+    """A trial list with N trials. A side of a trial is an enrolment model or a file."""
 
     path: str
     sha256: str
@@ -1490,7 +1502,7 @@ class TrialList(NamedTuple):
         return None if self.speakers is None else int(self.speakers.max()) + 1
 
     def mean(self, values):
-        """Returns for each side the mean over its files of values (files, ...)."""
+        """Returns the mean of values (files, ...) over the files of each side."""
         if max(map(len, self.files_of_side)) == 1:
             return values[[files[0] for files in self.files_of_side]]
         return np.stack([values[files].mean(axis=0) for files in self.files_of_side])
@@ -1744,7 +1756,9 @@ def read_list(path, role):
     require(os.path.isfile, path, role)
     content = read_bytes(path)
     if content.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise BadInput(f'{role}: {path}: begins with a byte order mark; save it as UTF-8 without')
+        raise BadInput(
+            f'{role}: {path}: begins with a byte order mark; save it as UTF-8 without one'
+        )
     if b'\0' in content:
         raise BadInput(f'{role}: {path}: is not a text file')
     return content
@@ -1783,8 +1797,8 @@ def check_data(dataset, eval_files, every_file, n_cpu, max_bad):
 
     Reads every file if every_file is true; otherwise a sample of the training files and the headers
     of the trials' files. Prints which training files will be replaced. Raises BadInput that names
-    the faulty files if one of the trials is among them, or more than max_bad percent of the
-    training files or of a folder of noises or rooms.
+    the bad files if a file of the trials is bad, or more than max_bad percent of the training files
+    or of a folder of noises or rooms.
     """
     require(os.path.isdir, dataset.train_path, '--train_path')
     if every_file:
@@ -1828,8 +1842,8 @@ read_noise = functools.partial(read_audio, silent_ok=True)
 def check_audio(paths, role, read=check_header, n_cpu=0, max_bad=0):
     """Calls read(path) for each path, in n_cpu processes.
 
-    Prints which files cannot be used. Raises BadInput that names the first 20 of them if they are
-    more than max_bad percent, or all files.
+    Prints which files cannot be used. Raises BadInput that names the first 20 of them if more
+    than max_bad percent are bad, or all of them.
     """
     checks = parallel_map(functools.partial(fault_of, read), paths, n_cpu)
     shown = tqdm(checks, f'checking {role}', len(paths), unit='file', disable=None, leave=False)
@@ -1907,7 +1921,7 @@ def odd_training_lines(dataset):
 
 
 def shared_files(dataset, eval_names):
-    """Returns a warning if files of the trials, {path: name in the list}, are trained on, too.
+    """Returns a warning if files of the trials, {path: name in the list}, are also trained on.
 
     These are the same files, or have the same names below --train_path and the same content.
     """
@@ -1938,7 +1952,7 @@ def is_same_file(a, b):
 
 
 def shared_speakers(dataset, eval_names, speaker):
-    """Returns a warning if speakers of the trials are trained on, too.
+    """Returns a warning if speakers of the trials are also trained on.
 
     Speakers of the training list are those that it names and those of its paths, because a list may
     number its speakers.

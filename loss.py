@@ -12,8 +12,8 @@ from tools import accuracy
 class AAMsoftmax(nn.Module):
     """Additive angular margin softmax (Deng et al., ArcFace, CVPR 2019, eq. 3).
 
-    n_class: number of speakers. m: margin in radians. s: scale of the cosines. size: of an
-    embedding. Every loss is made with these four and has the methods of this one.
+    n_class: number of speakers. m: margin in radians. s: scale of the cosines. size: size of
+    an embedding. Every loss takes these four arguments, and has the methods of this class.
     """
 
     def __init__(self, n_class, m, s, size=192):

@@ -16,11 +16,11 @@ from torch import nn
 from tools import BadInput
 
 HOP = 160  # samples, 10 ms
-HALF_WINDOW = 256  # samples of a frame to either side of its centre
+HALF_WINDOW = 256  # samples of a frame on each side of its centre
 
 
 class PreEmphasis(nn.Module):
-    """Computes x[t] - coef * x[t - 1] of x (B, samples), whose beginning is reflected for x[-1]."""
+    """Computes x[t] - coef * x[t - 1] of x (B, samples), where x[-1] is the reflection x[1]."""
 
     def __init__(self, coef=0.97):
         super().__init__()
@@ -51,7 +51,7 @@ class FbankAug(nn.Module):
         narrowest, widest = self.freq_mask_width if dim == 1 else self.time_mask_width
         width = torch.randint(narrowest, widest, (len(x), 1), device=x.device)
 
-        # Scaling a uniform number keeps the bound on the device, where randint would wait for it.
+        # The bound is on the device. randint would wait for it, so scale a uniform number instead.
         starts = (size - width.max()).clamp(min=1)
         start = (torch.rand(len(x), 1, device=x.device) * starts).long()
 
@@ -135,8 +135,8 @@ class Encoder(nn.Module):
     """Base of all encoders: log-mel features, SpecAugment, and the size of an embedding.
 
     A network derives from this class, has an entry in ENCODERS and defines `encode` and
-    `channels_of`, as ECAPA_TDNN does. It is made with the number of channels only. Its batch norms
-    are BatchNorm, also in 2-D networks: it sees the whole batch if several processes train.
+    `channels_of`, as ECAPA_TDNN does. Its only argument is the number of channels. Use BatchNorm
+    for its batch norms, also in 2-D networks: it sees the whole batch if several processes train.
     """
 
     embedding_size = 192
@@ -189,7 +189,7 @@ class ECAPA_TDNN(Encoder):
     def __init__(self, C):
         super().__init__()
         if C % 8:
-            raise BadInput(f'--C {C}: it must be a multiple of 8, as channels are cut in 8 groups')
+            raise BadInput(f'--C {C}: it must be a multiple of 8, for 8 groups of channels')
         self.conv1 = nn.Conv1d(80, C, kernel_size=5, stride=1, padding=2)
         self.relu = nn.ReLU()
         self.bn1 = BatchNorm(C)
@@ -309,10 +309,10 @@ def mask_of(frames, x):
 def extend(x, step):
     """Extends (B, samples) so that its spectrogram has a multiple of `step` frames.
 
-    The frames of x do not change: after the end they see its reflection, as without an extension.
+    The frames of x do not change: they see the reflection of its end, as they would without this.
     """
     frames = 1 + x.shape[1] // HOP
-    frames = step * math.ceil((frames + 3) / step)  # 3 more have room for the reflection
+    frames = step * math.ceil((frames + 3) / step)  # 3 more, for the reflection
     x = torch.cat((x, x[:, -HALF_WINDOW - 1 : -1].flip(1)), dim=1)
     return F.pad(x, (0, (frames - 1) * HOP - x.shape[1]))
 
@@ -347,8 +347,8 @@ def mean_and_variance(x, mask=None):
 class Moments(torch.autograd.Function):
     """Means (B, channels) over time of x (B, channels, T) and of its square.
 
-    With logits, of x's shape, the means are weighted by the softmax of these. The backward pass
-    keeps and reads fewer tensors of x's size than that of autograd.
+    With logits (of x's shape), the means are weighted by the softmax of the logits over time. The
+    backward pass keeps and reads fewer tensors of x's size than that of autograd.
     """
 
     @staticmethod
@@ -432,10 +432,10 @@ class NormOfAll(torch.autograd.Function):
 
 
 def shift(x):
-    """Returns an origin (channels,) for the numbers of x (B, channels, T), and x minus it.
+    """Returns an origin (channels,), and x (B, channels, T) minus it.
 
-    Beside a large mean float32 loses small deviations, so its origin is one of the numbers. In
-    bfloat16 they are lost already: its origin is 0.
+    float32 loses small deviations from a large mean, so the origin is one of the numbers of x. In
+    bfloat16 they are lost already, so there the origin is 0.
     """
     if x.dtype != torch.float32:
         return torch.zeros(x.shape[1], device=x.device), x

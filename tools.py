@@ -28,7 +28,7 @@ import numpy as np
 import torch.distributed as dist
 from sklearn.metrics import roc_curve
 
-PRIORS = {'minDCF(0.01)': 0.01, 'minDCF(0.05)': 0.05}  # of a target; both costs are 1
+PRIORS = {'minDCF(0.01)': 0.01, 'minDCF(0.05)': 0.05}  # priors of a target; both costs are 1
 FIGURES = ('EER', *PRIORS)
 
 
@@ -44,7 +44,7 @@ def unit_length(vectors):
 def unit_whole(embeddings):
     """Scales the first vector of each of embeddings (files, 2, D) to length 1.
 
-    The mean of several utterances' whole embeddings is shorter.
+    A mean over several utterances is shorter.
     """
     vectors = embeddings.copy()
     vectors[:, 0] = unit_length(vectors[:, 0])
@@ -232,7 +232,7 @@ def read_scores(path):
     return scores
 
 
-@functools.cache  # the commit at the start is the one that runs
+@functools.cache  # the code that runs is that of the commit at the start
 def provenance(command):
     """Finds out where numbers come from: {'command', 'commit', 'versions': {package: version}}."""
     repository = os.path.dirname(os.path.abspath(__file__))
@@ -265,7 +265,7 @@ def read_bytes(path, missing=None):
         raise BadInput(f'{path}: cannot be read ({error.strerror})') from error
 
 
-unfinished_files = set()  # those that write_whole is writing
+unfinished_files = set()  # temporary files of write_whole
 
 
 def write_whole(path, write):
@@ -294,7 +294,7 @@ def write_whole(path, write):
     except OSError as error:
         why = error.strerror or str(error)
         raise BadInput(
-            f'{path}: cannot be written ({why}); what was there before is unchanged'
+            f'{path}: cannot be written ({why}); an older file of this name is unchanged'
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -334,6 +334,8 @@ def sha256(content):
 PATIENCE = 3 * 3600  # seconds: the first process may go through all files of VoxCeleb2
 TIMEOUT = 600  # seconds after which a process that does not answer counts as hung
 
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 common_store = None  # torchrun's store of keys for the processes that train together
 turns = itertools.count()  # names the blocks of first_process_first
 helpers = []  # processes that load data for this one
@@ -365,7 +367,7 @@ def options_for(function, args):
 
 
 def refuse_unknown(function, names):
-    """Raises TypeError for a name that is not even an option of the published command."""
+    """Raises TypeError for a name that is not an option of the published command."""
     for name in names:
         if name not in PUBLISHED_OPTIONS:
             raise TypeError(f'{function.__name__} has no option {name}')
@@ -471,10 +473,10 @@ def compare_processes(options, args):
         if others:
             differences.append(f'{name}: {value} and {others[0]}')
     if differences:
-        lines = ['the processes of this training do not have the same:', *differences]
+        lines = ['the processes of this training differ:', *differences]
         lines.append(
-            'Give all machines one command, one checkout, the same lists, and a --save_path that '
-            'all of them see.'
+            'Give all machines the same command, commit and lists, and a --save_path that they '
+            'share.'
         )
         raise BadInput('\n'.join(lines))
 
@@ -570,9 +572,9 @@ def end_on_signals(resume_hint=None):
         end_by_signal(number, resume_hint)
 
     if owns_the_process():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in ENDING_SIGNALS:
             under_torchrun = number == signal.SIGTERM and 'TORCHELASTIC_RUN_ID' in os.environ
-            # Ctrl-C stays ignored in the background of a script.
+            # A shell script makes its background jobs ignore Ctrl-C; this stays so.
             if signal.getsignal(number) != signal.SIG_IGN and not under_torchrun:
                 before[number] = signal.signal(number, end)
     try:
@@ -580,6 +582,30 @@ def end_on_signals(resume_hint=None):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def hold_signals():
+    """Makes Ctrl-C and SIGTERM wait until the end of the block, which starts helpers.
+
+    A helper is known only some time after it was forked. If a signal ended this process before
+    that, the helper would not be killed, and could wait for work for ever. Helpers inherit that
+    signals wait; they call release_signals.
+    """
+    if not hasattr(signal, 'pthread_sigmask'):  # on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def release_signals():
+    """Ends the effect of hold_signals in a helper."""
+    if hasattr(signal, 'pthread_sigmask'):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
 
 
 def owns_the_process():
@@ -595,7 +621,7 @@ def end_by_signal(number, resume_hint):
         for name in ('SIGINT', 'SIGTERM', 'SIGCHLD'):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), signal.SIG_IGN)
-        # Kill helpers first: they would complain that nobody takes their data.
+        # Kill helpers first: they would print errors, because nobody takes their data.
         for helper in multiprocessing.active_children():
             helper.kill()
         for path in unfinished_files:
@@ -606,7 +632,7 @@ def end_by_signal(number, resume_hint):
         if process_rank() == 0:
             name = 'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'
             hint = resume_hint() if resume_hint else ''
-            # Not by print, which the signal may have interrupted: it cannot be entered twice.
+            # Do not use print: the signal may have interrupted it, and it cannot be entered twice.
             os.write(2, f'\nstopped by {name}{hint}\n'.encode(errors='backslashreplace'))
     finally:
         os._exit(128 + number)
@@ -654,7 +680,7 @@ def why_helpers_died(resume_hint):
     codes = {helper.exitcode for helper in helpers} - {None, 0}
     if not codes:
         return None
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in ENDING_SIGNALS:
         if -number in codes and owns_the_process():
             end_by_signal(number, resume_hint)
 
@@ -670,7 +696,7 @@ REMEDIES = {
     'SIGKILL': 'memory is probably short; use a smaller --n_cpu',
     'SIGBUS': f'shared memory is probably full; {MORE_SHARED_MEMORY}',
 }
-OTHER_REMEDY = 'a library failed; --n_cpu 0 reads in this process and shows where'
+OTHER_REMEDY = 'a library failed; --n_cpu 0 reads in the main process, whose error shows where'
 
 
 def why_not_together(error):

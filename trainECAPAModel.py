@@ -56,11 +56,11 @@ def make_parser():
     add('--eval', action='store_true', help='score --initial_model on --eval_list')
 
     add = parser.add_argument_group('training').add_argument
-    add('--max_epoch', type=in_range(int, 1), default=80, help='last epoch')
+    add('--max_epoch', type=in_range(int, 1), default=80, help='number of epochs')
     add('--batch_size', type=in_range(int, 2), default=400, help='utterances in a step')
     add('--test_step', type=in_range(int, 1), default=1,
         help='save, test and reduce the learning rate every N epochs')
-    add('--optimizer', choices=('adam', 'sgd'), default='adam', help='sgd: Nesterov, momentum 0.9')
+    add('--optimizer', choices=('adam', 'sgd'), default='adam', help='sgd: Nesterov momentum 0.9')
     add('--weight_decay', type=in_range(float, 0), default=2e-5, help='L2 penalty on all weights')
     add('--clip', type=in_range(float, 0), default=0.0,
         help='clip gradients to this norm (0: do not clip)')
@@ -100,25 +100,25 @@ def make_parser():
     add = parser.add_argument_group('model and loss').add_argument
     add('--encoder', choices=ENCODERS, default='ecapa', help='network in model.py')
     add('--loss', choices=LOSSES, default='aam', help='classifier and loss in loss.py')
-    add('--C', type=in_range(int, 1), help='channels (not given: of --initial_model, or 1024)')
+    add('--C', type=in_range(int, 1), help='channels; without it those of --initial_model, or 1024')
     add('--m', '--margin', type=in_range(float, 0, math.pi), default=0.2,
         help='margin of AAM-softmax, in radians')
     add('--margin_from', type=in_range(float, 0, math.pi),
-        help='margin at the start; without it --m throughout')
+        help='margin at the start; without it the margin is always --m')
     add('--margin_epochs', type=in_range(float, 0), nargs=2, default=[0.0, 1.0],
-        metavar=('FROM', 'TO'), help='the margin grows to --m between these numbers of epochs')
+        metavar=('FROM', 'TO'), help='epochs between which the margin grows to --m')
     add('--s', '--scale', type=in_range(float, 0), default=30, help='scale of AAM-softmax')
     add('--n_class', type=in_range(int, 1),
-        help='number of speakers; without it those in --train_list')
+        help='number of speakers; without it that of --train_list')
     add('--keep_classifier', action='store_true',
-        help='keep the classifier of --initial_model; stop if the speakers differ')
+        help='keep the classifier of --initial_model; stop if its number of speakers is another')
 
     add = parser.add_argument_group('results').add_argument
     add('--save_path', default='exps/exp1', help='folder of the results: score.txt and model/')
     add('--keep', type=in_range(int, 0), default=0,
         help='how many of the newest checkpoints to keep (0: all)')
     add('--force', action='store_true',
-        help='continue a run even if options that change its numbers are different')
+        help='continue a run even if you changed options that change its numbers')
     # fmt: on
 
     add_scoring_options(parser)
@@ -176,7 +176,7 @@ def train(args):
         done, scores = resume_or_begin(run, args)
         open_records(run, done, args)
         if done.loss is not None and done.epoch not in [score[0] for score in scores]:
-            # The run ended after it saved this epoch and before it tested it.
+            # The last run ended after it had saved this epoch, and before it scored it.
             score_epoch(run, done, scores, args)
 
         # Train an epoch, save it, score it.
@@ -332,7 +332,7 @@ def check_description(system, args):
     foreign = foreign_batch_norms(system.speaker_encoder)
     if foreign and process_count() > 1:
         raise BadInput(
-            f'--encoder {args.encoder}: {foreign[0]} has other statistics in each process; use '
+            f'--encoder {args.encoder}: {foreign[0]} sees only the batch of its process; use '
             'BatchNorm of model.py'
         )
     found = describe(system.state_dict())
@@ -383,8 +383,8 @@ def check_classifier(args, trained, speakers):
     if trained not in (speakers, 3 * speakers):
         raise BadInput(
             f'--keep_classifier: {args.initial_model} was trained on {trained} speakers, '
-            f'{args.train_list} has {speakers}; the numbers must be equal, or a third after '
-            '--speed_perturb'
+            f'{args.train_list} has {speakers}; the numbers must be equal, or the first must be '
+            'three times the second (if the checkpoint was trained with --speed_perturb)'
         )
 
 
@@ -435,7 +435,7 @@ def check_disk_space(args, size):
     if not models:
         saved = saved_models(f'{args.save_path}/model')
         models = max(0, args.max_epoch // args.test_step - len(saved))
-    # A .state is twice as large as a model. Two of them are kept, and a third one is being written.
+    # A .state is twice as large as a model. Two of them stay while a third one is written.
     least = size * (2 + 6)
     wanted = size * (models + 6)
     free = shutil.disk_usage(folder).free
@@ -444,8 +444,8 @@ def check_disk_space(args, size):
         raise BadInput(f'{room}, and a checkpoint and its state need {least / 1e9:.2f} GB')
     if free < wanted:
         say(
-            f'WARNING       {room}, and the run needs {wanted / 1e9:.2f} GB: --keep limits the '
-            'checkpoints'
+            f'WARNING       {room}, and the run needs {wanted / 1e9:.2f} GB; with --keep N '
+            'only the newest N checkpoints stay'
         )
 
 
@@ -652,7 +652,7 @@ def now():
 
 
 def save_bad_batch(error, loader, args):
-    """Writes the batch whose loss diverged to SAVE_PATH/bad_batch.pt; returns BadInput on it."""
+    """Writes the batch whose loss diverged to SAVE_PATH/bad_batch.pt; returns a BadInput."""
     rank = f'_{process_rank()}' if process_rank() else ''
     path = os.path.join(args.save_path, f'bad_batch{rank}.pt')
     indices = next(itertools.islice(loader.batch_sampler, error.step - 1, None))
@@ -678,7 +678,7 @@ def save_bad_batch(error, loader, args):
 
 
 def resume_hint(args):
-    """Returns the epoch after which the same command continues, for the message at an interrupt.
+    """Returns text that says after which epoch the same command continues, for end_on_signals.
 
     args: None before the options are read. Returns '' unless this is a training.
     """
@@ -715,7 +715,7 @@ def join_processes(args):
         store=tools.common_store,
         rank=rank,
         world_size=size,
-        # After this a process counts as hung. Longer work waits in first_process_first instead.
+        # After this time a process counts as hung. first_process_first waits for longer work.
         timeout=datetime.timedelta(seconds=tools.TIMEOUT),
         device_id=gpu,
     )

@@ -26,7 +26,7 @@ def main(argv=None):
     )
     add = parser.add_argument
     add('models', nargs='+', help='checkpoints, or the folder model/ of a run')
-    add('--last', type=int, default=10, help='how many of the newest in the folder (default: 10)')
+    add('--last', type=int, default=10, help='how many of the newest (default: 10)')
     add('--out', required=True, help='checkpoint to write')
     args = parser.parse_args(argv)
     with exit_on_bad_input():

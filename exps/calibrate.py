@@ -24,7 +24,7 @@ from dataLoader import speakers_of
 from exps import scoring
 from tools import BadInput
 
-FEWEST = 30  # trials of each kind, below which a fit says nothing
+FEWEST = 30  # with fewer trials of a kind, a fit says nothing
 CALIBRATED = ('Cllr', 'minCllr')  # of natural log-likelihood ratios
 FIGURES = (*tools.FIGURES, *CALIBRATED, 'actDCF(0.01)', 'actDCF(0.05)')
 
@@ -43,7 +43,7 @@ def main(argv=None):
         '--false_acceptances',
         type=tools.in_range(float, 1e-3, 99),
         default=1.0,
-        help='percentage that the threshold allows (default: 1)',
+        help='percentage of false acceptances that the threshold allows (default: 1)',
     )
     scoring.add_speaker_option(add)
     args = parser.parse_args(argv)
@@ -83,7 +83,7 @@ def calibrate(args):
     )
     if allowed < FEWEST:
         print(
-            f'note: at {args.false_acceptances:g}% the threshold rests on only {allowed} false '
+            f'note: at {args.false_acceptances:g}% the threshold depends on only {allowed} false '
             'acceptances'
         )
 
@@ -166,7 +166,7 @@ def print_others(lists, calibration, fitted, args):
             continue
         note = note_overlap(names, fitted, args.speaker or entry['options'].get('speaker', ''))
         if note:
-            print(f'note: {path} is too easy for this calibration: {note}')
+            print(f'note: the figures of {path} are too good: {note}')
         ratios = calibration['weight'] * scores + calibration['bias']
         figures = tools.operating_points(ratios, labels)
         figures |= calibration_figures(ratios, labels)

@@ -6,16 +6,16 @@ Each path stands for its folder. The script reads score.txt (training) and resul
 it, and shows the published run too. `--markdown` prints the tables for a paper or a README.
 
 Experiments that scored the same trials are compared in pairs: a table shows how their figures
-differ from those of the first experiment, or of --baseline, with an interval of 95 %. Both sides
-use the same replicates of the speakers (scoring.replicate_figures). If an interval holds 0, these
-trials cannot tell the two experiments apart.
+differ from those of the first experiment, or of --baseline, with an interval of 95 %. For both
+experiments the same speakers are drawn (scoring.replicate_figures). If an interval contains 0,
+these trials cannot tell the two experiments apart.
 
     python -m exps.compare --seeds small=exps/small-1,exps/small-2,exps/small-3 exps/phone
 
 takes three folders as one experiment, `small`, that was run with three seeds. Its interval contains
-both sources of chance: a replicate draws one of the seeds, and speakers. So it is the interval of
-one run with any seed, which is wider than that of the mean. A few seeds show less than the whole
-spread: three of them show two thirds of its variance.
+both sources of chance: each replicate draws a seed, and speakers. So it is the interval of a single
+run with any seed, and is wider than the interval of the mean over the seeds. A few seeds show only
+a part of the spread between seeds: three of them show two thirds of its variance.
 """
 
 import argparse
@@ -61,7 +61,7 @@ from tools import (
 
 PUBLISHED_NAME = 'published'
 PUBLISHED = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'pretrain_score.txt')
-# Its README's figures of exps/pretrain.model; the first is the best of 80 epochs on this list.
+# Figures that the published README gives for its checkpoint; 0.96 is the best of 80 epochs.
 PUBLISHED_LISTS = {
     'Vox1_O': {
         'figures': {'raw': {'EER': {'value': 0.96}}, 'asnorm': {'EER': {'value': 0.86}}},
@@ -251,7 +251,7 @@ def read_lists(folder):
 
 
 def group_seeds(experiments, seeds):
-    """Groups experiments: {name: names of its runs}, one for an experiment not in --seeds."""
+    """Groups runs into experiments, {name: names of its runs}; without --seeds each is one run."""
     name_of = {experiment.folder: name for name, experiment in experiments.items()}
     groups = {}
     several = []
@@ -347,7 +347,7 @@ def sort_by_list(runs):
 def trials_of(run):
     """Returns a text that identifies the trials of a run by files and labels, in any order."""
     if run.entry.get('options', {}).get('enrol_list'):
-        return run.entry['sha256']  # the names do not tell the utterances of a model
+        return run.entry['sha256']  # a trial has the model's name, not its utterances
     targets = trial_set([name for name, label in zip(run.names, run.labels) if label])
     others = trial_set([name for name, label in zip(run.names, run.labels) if not label])
     text = repr([sorted(targets), sorted(others)])

@@ -67,13 +67,13 @@ def main(argv=None):
     )
     add = parser.add_argument
     add('list', help='trial list: lines `label enrolment test`, or with the label last')
-    add('--audio', required=True, help='folder of the files in it')
+    add('--audio', required=True, help='folder of the files in the list')
     add('--out', required=True, help='folder for audio/ and the lists')
     add(
         '--conditions',
         nargs='+',
         action='extend',
-        help='names of conditions (default: all that the options make)',
+        help='names of conditions; without it all that the other options make possible',
     )
     add('--musan_path', help='MUSAN, for noise, music and babble')
     add('--rir_path', help='room impulse responses, for room')
@@ -81,7 +81,7 @@ def main(argv=None):
         '--snr',
         type=in_range(float, -20, 60),
         default=10.0,
-        help='dB above the noise',
+        help='level of the speech above the noise, in dB',
     )
     add('--n_cpu', type=in_range(int, 0), default=default_n_cpu(), help='processes that write')
     args = parser.parse_args(argv)
@@ -100,7 +100,7 @@ def write_conditions(args):
     names = list(dict.fromkeys(args.conditions or made))
     for name in names:
         if name not in made:
-            raise BadInput(f'--conditions {name}: the options make {", ".join(made)}')
+            raise BadInput(f'--conditions {name}: these options make {", ".join(made)}')
     _, (trials,) = read_trial_lists([args.list], [args.audio])
     refuse_other_places(trials.names, args.list)
     settings = settings_of(args)
@@ -161,7 +161,7 @@ def unchanged(samples, rng):
 
 
 def coded(codec, samples, rng):
-    """Sends samples through a codec: a telephone's with its band, others at their lowest rate."""
+    """Sends samples through a telephone codec and band, or another codec at its lowest rate."""
     return through_codec(samples, codec, codec.levels and codec.levels[1], codec.rate != RATE)
 
 
@@ -263,7 +263,7 @@ def check_room(jobs, args):
     free = shutil.disk_usage(folder).free
     say(f'{len(jobs):,} files to write, about {needed / 1e6:,.0f} MB; {free / 1e9:.1f} GB are free')
     if needed > free:
-        raise BadInput(f'--out {args.out}: the disk is too small')
+        raise BadInput(f'--out {args.out}: the disk has too little space')
 
 
 def write_list(path, trials, sides):

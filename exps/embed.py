@@ -78,7 +78,7 @@ def list_files(files):
     lines = read_list(files, 'FILES').splitlines()
     paths = [os.fsdecode(line.strip()) for line in lines if line.strip()]
     if not paths:
-        raise BadInput(f'FILES: {files}: names no file')
+        raise BadInput(f'FILES: {files}: has no line with a path')
     return paths
 
 

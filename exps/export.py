@@ -79,7 +79,7 @@ def export(args):
             )
     if not refuses(session, SHORTEST - 1):
         raise BadInput(
-            f'{args.model}: onnxruntime {onnxruntime.__version__} takes input that is too short, '
+            f'{args.model}: onnxruntime {onnxruntime.__version__} accepts input that is too short, '
             f'so {args.out} is not written'
         )
     write_whole(args.out, lambda file: file.write(content))

@@ -47,14 +47,14 @@ def main(argv=None):
     add = parser.add_argument
     add('files', help='folder of recordings, or a list with one path per line')
     add('--people', required=True, help='folder of NAME/*.wav, or lines `name recording...`')
-    add('--out', help='CSV to write (default: printed)')
+    add('--out', help='CSV to write; without it the rows are printed')
     add(
         '--p_enrolled',
         type=in_range(float, 1e-6, 1 - 1e-6),
         default=0.5,
-        help='prior of being enrolled',
+        help='prior probability that the speaker is one of the people',
     )
-    add('--save_path', help='folder of calibration.json; default: that of the run')
+    add('--save_path', help='folder of calibration.json; without it that of the run')
     add_channel_option(parser)
     add_scoring_options(parser)
     args = parser.parse_args(argv)

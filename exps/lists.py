@@ -31,7 +31,7 @@ from tools import (
     write_text,
 )
 
-MOST_TARGETS = 20000  # trials of the same speaker, in a list that is not exhaustive
+MOST_TARGETS = 20000  # trials of the same speaker, unless the list is exhaustive
 
 
 def main(argv=None):
@@ -41,19 +41,23 @@ def main(argv=None):
         description='Make a training list and a trial list from folders of speakers.',
     )
     add = parser.add_argument
-    add('folder', help='holds SPEAKER/.../FILE.wav (or .flac)')
+    add('folder', help='folder that has SPEAKER/.../FILE.wav (or .flac)')
     add('--out', required=True, help='folder for train_list.txt, trials.txt and left_out.txt')
     add(
         '--test_speakers',
         type=in_range(int, 0),
         help='speakers held out for the trials (default: a tenth)',
     )
-    add('--exhaustive', action='store_true', help='all trials, not equally many of each kind')
+    add(
+        '--exhaustive',
+        action='store_true',
+        help='trials of all pairs, not equally many of each kind',
+    )
     add(
         '--seed',
         type=in_range(int, 0, 2**64 - 1),
         default=10,
-        help='seed of the choice (default: 10)',
+        help='seed of the random choices (default: 10)',
     )
     add_speaker_option(add)
     args = parser.parse_args(argv)
@@ -218,9 +222,9 @@ def choose_speakers(files, count, rng):
 
     if not 2 <= count <= min(len(several), len(files) - 2):
         raise BadInput(
-            f'--test_speakers {count}: there must be at least 2, and as many left to train on; '
+            f'--test_speakers {count}: it must be at least 2, and leave at least 2 to train on; '
             f'{len(files)} speakers have usable files, {len(several)} of them more than one '
-            f'(--test_speakers 0: only train_list.txt)'
+            f'(--test_speakers 0 makes only train_list.txt)'
         )
     return sorted(rng.choice(several, count, replace=False).tolist())
 

@@ -92,7 +92,7 @@ def evaluate(args):
 
 
 def add_scoring_options(parser):
-    """Adds the options of all that scores: checkpoint, lists, kinds of scores, machine."""
+    """Adds the options of commands that score: checkpoint, lists, kinds of scores, machine."""
     # fmt: off
     add = parser.add_argument_group('checkpoint and lists').add_argument
     add('--initial_model', default='', help='checkpoint to score, or to start training from')
@@ -101,18 +101,19 @@ def add_scoring_options(parser):
     add('--eval_path', nargs='+', default=['data/VoxCeleb1/test/wav'],
         help='folder of the files in --eval_list: one for all lists, or one for each')
     add('--enrol_list', default='',
-        help='lines `model utterance...`: the trials enrol these models')
+        help='lines `model utterance...`; the first name of each trial is then a model')
     add('--train_list', default='data/VoxCeleb2/train_list.txt', help='lines `speaker path`')
-    add('--train_path', default='data/VoxCeleb2/train/wav', help='folder of the files in it')
+    add('--train_path', default='data/VoxCeleb2/train/wav',
+        help='folder of the files in --train_list')
     add_speaker_option(add)
 
     add = parser.add_argument_group('kinds of scores').add_argument
     add('--score_norm', choices=('none', 'asnorm'), default='none',
         help='asnorm: also compute scores that are normalised by a cohort of training speakers')
     add('--top_n', type=in_range(int, 2), default=400,
-        help='how many of the closest cohort speakers normalise a score')
+        help='asnorm: how many of the closest cohort speakers are used for a score')
     add('--cohort_utterances', type=in_range(int, 1), default=20,
-        help='utterances of each speaker in --train_list that make the cohort')
+        help='how many utterances of each training speaker are averaged for the cohort')
     add('--subtract_mean', action='store_true',
         help="also compute scores after subtracting the cohort's mean")
 
@@ -120,7 +121,7 @@ def add_scoring_options(parser):
     add('--device', default='auto',
         help='auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, or mps, the GPU of a Mac')
     add('--precision', choices=('auto', 'bf16', 'fp32', 'exact'), default='auto',
-        help='auto: bf16 if the GPU has it, else fp32; exact: no TF32')
+        help='auto: bf16 if the GPU supports it, else fp32; exact: float32 without TF32')
     add('--n_cpu', type=in_range(int, 0), default=default_n_cpu(),
         help='processes that read files')
     add('--seed', type=in_range(int, 0, 2**64 - 1), default=10, help='seed of all random draws')
@@ -189,7 +190,7 @@ def load_cohort(system, checkpoint, files):
     """Embeds the speakers of a cohort with embed_speakers, and keeps them beside the checkpoint.
 
     checkpoint: {'path', 'sha256'} of the system's weights; files: from choose_cohort, None for no
-    cohort. A kept cohort is used if nothing that it was made from has changed; a note tells this.
+    cohort. A kept cohort is used, with a note, if nothing that it was made from has changed.
     Returns (speakers, 2, D), or None for no cohort.
     """
     if files is None:
@@ -215,8 +216,8 @@ def embed_speakers(system, files):
     """Embeds speakers, each as the mean of embed_files over the speaker's files.
 
     files: a list of paths for each speaker. Files that cannot be used are left out, with a note,
-    and so are speakers without any other. Returns (speakers, 2, D); a score against a mean is the
-    mean of the scores. Raises BadInput if more than MAX_BAD percent of the files are bad.
+    and so are speakers who have no other files. Returns (speakers, 2, D). A score against a mean
+    is the mean of the scores. Raises BadInput if more than MAX_BAD percent of the files are bad.
     """
     paths = [path for own in files for path in own]
     faults = {}
@@ -413,10 +414,10 @@ def replicate_figures(scores, labels, speakers, draws, title=None):
     """Computes FIGURES of replicates of a trial list, by a joint bootstrap over speakers.
 
     scores, labels: (N,); speakers: int (N, 2), the two of each trial; draws: from draw_speakers;
-    title: of a progress bar. If a replicate draws a speaker c times, a target trial counts
-    c times, and a non-target trial as often as the product of the c of its two speakers. So both
-    sides of a trial vary, and trials that share a speaker vary together; compare the bootstrap of
-    rows and columns of Owen, Annals of Applied Statistics, 2007.
+    title: of a progress bar. If a replicate draws a speaker a times, the speaker's target trials
+    count a times. If it draws two speakers a and b times, a non-target trial of these two counts
+    a * b times. So both sides of a trial vary, and trials that share a speaker vary together.
+    Compare the bootstrap of rows and columns in Owen, Annals of Applied Statistics, 2007.
 
     Returns (replicates, 3); NaN if a replicate has no target or no non-target trials.
     """
@@ -441,7 +442,7 @@ def intervals_of(values, replicates, others, speakers):
     """Returns {figure: [low, high]}, intervals of 95 % of the FIGURES of a list.
 
     values: {figure: value}; replicates: (replicates, 3); others: how many non-target trials there
-    are; speakers: how many speakers. Figures with a reason by why_no_interval are left out.
+    are; speakers: how many speakers. Figures are left out if why_no_interval gives a reason.
     """
     return {
         name: figure_interval(values[name], column, speakers, MOST[name])
@@ -672,12 +673,14 @@ def read_list_scores(folder, trial_list, entry):
     labels, scores, names = read_trial_scores(path)
     kinds = list(entry['figures'])
     if scores.shape != (entry['trials'], len(kinds)):
-        raise BadInput(f'{path}: other trials or kinds than results.json has; score it again')
+        raise BadInput(
+            f'{path}: its trials or kinds are not those of results.json; score the list again'
+        )
 
     for kind, column in zip(kinds, scores.T):
         eer = entry['figures'][kind]['EER']['value']
         # Scores are rounded to 6 digits, so a target may have moved by 1e-6 relative to others. The
-        # EER falls as targets rise, so the true EER lies between these two.
+        # EER falls if target scores rise, so the true EER lies between these two.
         rounding = 1.001e-6 * labels
         lowest = operating_points(column + rounding, labels)['EER']['value']
         highest = operating_points(column - rounding, labels)['EER']['value']

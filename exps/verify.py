@@ -39,10 +39,15 @@ def main(argv=None):
     )
     add = parser.add_argument
     add('recordings', nargs=2, metavar='WAV', help='two recordings')
-    add('--p_target', type=in_range(float, 1e-6, 1 - 1e-6), default=0.5, help='prior: same speaker')
+    add(
+        '--p_target',
+        type=in_range(float, 1e-6, 1 - 1e-6),
+        default=0.5,
+        help='prior probability that the speaker is the same',
+    )
     add('--c_miss', type=in_range(float, 1e-6), default=1.0, help='cost of a miss')
     add('--c_fa', type=in_range(float, 1e-6), default=1.0, help='cost of a false acceptance')
-    add('--save_path', help='folder of results.json and calibration.json; default: the run')
+    add('--save_path', help='folder of calibration.json and results.json; without it the run')
     add_channel_option(parser)
     add_scoring_options(parser)
     args = parser.parse_args(argv)

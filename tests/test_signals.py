@@ -1,8 +1,10 @@
 """What do Ctrl-C and SIGTERM do, at any moment?"""
 
 import contextlib
+import multiprocessing
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -13,7 +15,8 @@ import pytest
 from cli import SMALL, command_line
 from conftest import make_system
 
-from dataLoader import make_batches, train_loader
+import tools
+from dataLoader import make_batches, parallel_map, train_loader
 from ECAPAModel import saved_models
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +66,51 @@ def children_of(pid):
     """The numbers of the processes that a process has started."""
     listing = subprocess.run(['ps', '-o', 'pid=', '--ppid', str(pid)], capture_output=True)
     return [int(word) for word in listing.stdout.split()]
+
+
+def start_helpers(number, writing):
+    """Starts two loading processes, and gets a signal while the first one is being forked."""
+    os.setsid()
+    os.dup2(writing, 2)
+    fork = os.fork
+
+    def fork_and_signal():
+        child = fork()
+        if child:
+            os.kill(os.getpid(), number)
+        else:
+            time.sleep(0.2)
+        return child
+
+    os.fork = fork_and_signal
+    with tools.exit_on_bad_input():
+        list(parallel_map(str, range(8), 2))
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_helper_outlives_a_command_that_is_stopped_while_helpers_start(number):
+    """A helper that did so kept the command's streams open, and their reader waited for ever."""
+    reading, writing = os.pipe()
+    fork = multiprocessing.get_context('fork')
+    command = fork.Process(target=start_helpers, args=(number, writing))
+    command.start()
+    os.close(writing)
+    try:
+        message = b''
+        while select.select([reading], [], [], 20)[0]:
+            part = os.read(reading, 1000)
+            if not part:
+                break
+            message += part
+        else:
+            pytest.fail('a helper is still there')
+    finally:
+        os.close(reading)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(command.pid, signal.SIGKILL)
+    command.join()
+    name = {signal.SIGINT: 'Ctrl-C', signal.SIGTERM: 'SIGTERM'}.get(number)
+    assert message.decode() == (f'\nstopped by {name}\n' if name else '')
 
 
 def test_an_interrupt_is_obeyed_while_a_batch_is_awaited(tree):

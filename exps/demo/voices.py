@@ -287,7 +287,7 @@ def make_corpus(out, train_speakers=64, test_speakers=20, utterances=8, seconds=
 
 
 def main(argv=None):
-    """Runs the command; what cannot be done ends it with one line and exit status 2."""
+    """Runs the command; exit status 2, with a message, for what cannot be made."""
     parser = argparse.ArgumentParser(description='Make a corpus of synthetic voices to train on.')
     parser.add_argument('--out', required=True, help='folder of the corpus')
     parser.add_argument('--train_speakers', type=int, default=64, help='voices to train on (64)')
@@ -295,8 +295,8 @@ def main(argv=None):
         '--test_speakers', type=int, default=20, help='other voices to test on (20)'
     )
     parser.add_argument('--utterances', type=int, default=8, help='utterances of each speaker (8)')
-    parser.add_argument('--seconds', type=float, default=3.5, help='mean length of each (3.5)')
-    parser.add_argument('--seed', type=int, default=10, help='seed of all that is random (10)')
+    parser.add_argument('--seconds', type=float, default=3.5, help='their mean length in s (3.5)')
+    parser.add_argument('--seed', type=int, default=10, help='seed of all random draws (10)')
     try:
         make_corpus(**vars(parser.parse_args(argv)))
     except (ValueError, OSError) as error:
