@@ -610,7 +610,6 @@ def prepare_worker(worker):
     It ends at once if the main process has died while it started.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    tools.release_signals()
     # PyTorch's workers notice if their parent dies later, but not if it is already dead. With
     # forkserver the parent is the server, which ends after the main process.
     by_server = multiprocessing.get_start_method() == 'forkserver'

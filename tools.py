@@ -339,6 +339,7 @@ ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 common_store = None  # torchrun's store of keys for the processes that train together
 turns = itertools.count()  # names the blocks of first_process_first
 helpers = []  # processes that load data for this one
+held_signals = None  # while helpers start: a list of the signals that have arrived
 socket_folder = None  # folder of the helpers' sockets
 
 # The options of the published command. Its scripts pass all of them to each part: f(**vars(args)).
@@ -569,6 +570,9 @@ def end_on_signals(resume_hint=None):
             # This is a helper that was forked a moment ago; it ends silently.
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+        if held_signals is not None:
+            held_signals.append(number)
+            return
         end_by_signal(number, resume_hint)
 
     if owns_the_process():
@@ -589,23 +593,19 @@ def hold_signals():
     """Makes Ctrl-C and SIGTERM wait until the end of the block, which starts helpers.
 
     A helper is known only some time after it was forked. If a signal ended this process before
-    that, the helper would not be killed, and could wait for work for ever. Helpers inherit that
-    signals wait; they call release_signals.
+    that, the helper would not be killed, and could wait for work for ever.
+
+    Blocking signals (pthread_sigmask) would not help: another thread would receive them.
     """
-    if not hasattr(signal, 'pthread_sigmask'):  # on Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+    global held_signals
+    held_signals = []
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def release_signals():
-    """Ends the effect of hold_signals in a helper."""
-    if hasattr(signal, 'pthread_sigmask'):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
+        numbers = held_signals
+        held_signals = None
+        for number in numbers:
+            signal.raise_signal(number)
 
 
 def owns_the_process():
