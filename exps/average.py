@@ -7,6 +7,10 @@
 This is stochastic weight averaging (Izmailov et al., UAI 2018). The running means and variances of
 batch norms are averaged too; their counts are those of the last checkpoint. The result is scored
 like any other checkpoint.
+
+Two options make the file smaller, also for a single checkpoint: --half writes 16-bit weights, and
+--classes N keeps the first N classes of the classifier. After a training with --speed_perturb, the
+first third of the classes are the speakers at their own speed.
 """
 
 import argparse
@@ -15,8 +19,8 @@ import os
 import torch
 
 from dataLoader import require
-from ECAPAModel import read_checkpoint, saved_models
-from tools import BadInput, exit_on_bad_input, write_whole
+from ECAPAModel import describe, read_checkpoint, saved_models
+from tools import BadInput, exit_on_bad_input, in_range, write_whole
 
 
 def main(argv=None):
@@ -28,13 +32,18 @@ def main(argv=None):
     add('models', nargs='+', help='checkpoints, or the folder model/ of a run')
     add('--last', type=int, default=10, help='how many of the newest (default: 10)')
     add('--out', required=True, help='checkpoint to write')
+    add('--half', action='store_true', help='write 16-bit weights: half the size')
+    add('--classes', type=in_range(int, 1), help='keep only the first classes of the classifier')
     args = parser.parse_args(argv)
     with exit_on_bad_input():
-        average(args.models, args.last, args.out)
+        average(args.models, args.last, args.out, args.half, args.classes)
 
 
-def average(models, last, out):
+def average(models, last, out, half=False, classes=None):
     """Writes the mean of checkpoints, or of the `last` newest checkpoints of a folder, to `out`.
+
+    half: write matrices and filters in float16. Vectors stay in float32: they are small, and
+    float16 has no room for the variances of batch norms. classes: how many to keep, None for all.
 
     Raises BadInput if their tensors differ in shape, or if `out` exists.
     """
@@ -63,7 +72,13 @@ def average(models, last, out):
                 total[name] = total.get(name, 0) + tensor.double() / len(paths)
             else:
                 total[name] = tensor
-    mean = {name: tensor.to(weights[name].dtype) for name, tensor in total.items()}
+    mean = {}
+    for name, tensor in total.items():
+        is_weight = tensor.is_floating_point() and tensor.ndim > 1
+        dtype = torch.float16 if half and is_weight else weights[name].dtype
+        mean[name] = tensor.to(dtype)
+    if classes:
+        mean = first_classes(mean, classes)
     write_whole(out, lambda file: torch.save(mean, file))
     print(f'{out}: the mean of {len(paths)} checkpoints, {paths[0]} to {paths[-1]}')
 
@@ -74,6 +89,22 @@ def newest(folder, count):
     if not 0 < count <= len(paths):
         raise BadInput(f'{folder}: holds {len(paths)} checkpoints, --last is {count}; choose fewer')
     return paths[:count][::-1]
+
+
+def first_classes(weights, count):
+    """Keeps the first classes in a state dict: the first rows of tensors with a row for each class.
+
+    Raises BadInput if there are fewer.
+    """
+    known = describe(weights)['n_class']
+    if count > known:
+        raise BadInput(f'--classes {count}: the classifier has {known}')
+    kept = {}
+    for name, tensor in weights.items():
+        has_row_for_each = name.startswith('speaker_loss.') and tensor.shape[:1] == (known,)
+        # A slice alone would be saved with the memory of all rows.
+        kept[name] = tensor[:count].clone() if has_row_for_each else tensor
+    return kept
 
 
 def tensor_specs(weights):

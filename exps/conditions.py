@@ -41,6 +41,7 @@ from dataLoader import (
     reverberate,
     through_codec,
 )
+from exps.embed import OPEN_MODEL
 from tools import (
     BadInput,
     default_n_cpu,
@@ -134,6 +135,10 @@ def write_conditions(args):
     for name, sides in lists.items():
         write_list(os.path.join(args.out, f'{name}.txt'), trials, sides)
     say(f'{args.out}: {len(lists)} lists, {", ".join(lists)}')
+    say(
+        f'to score them: python trainECAPAModel.py --eval --initial_model {OPEN_MODEL} '
+        f'--eval_list {args.out}/*.txt --eval_path {args.out}/audio --save_path {args.out}/results'
+    )
 
 
 def make_conditions(args):

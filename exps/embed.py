@@ -1,11 +1,11 @@
 """Writes the embeddings of recordings, for your programs.
 
-    python -m exps.embed recordings/ --initial_model MODEL --out embeddings.npz
+    python -m exps.embed recordings/ --out embeddings.npz --initial_model MODEL
 
 writes `names` (N,) and unit vectors `embeddings` (N, 192) of all files below a folder, or of those
-in a text file with one path per line. The recordings may have any format, rate and number of
-channels that soundfile reads; notes tell what is converted. `load_model(MODEL).embed(paths)` does
-the same in Python.
+in a text file with one path per line. Without --initial_model it uses the model in exps/open. The
+recordings may have any format, rate and number of channels that soundfile reads; notes tell what is
+converted. `load_model(MODEL).embed(paths)` does the same in Python.
 """
 
 import argparse
@@ -15,8 +15,22 @@ import numpy as np
 
 from dataLoader import find_audio, read_list
 from ECAPAModel import load_model_of, raise_if_any
+from exps.calibrate import read_calibration
 from exps.scoring import add_scoring_options
-from tools import BadInput, check_writable, exit_on_bad_input, in_range, write_whole
+from tools import (
+    BadInput,
+    check_writable,
+    exit_on_bad_input,
+    in_range,
+    note,
+    read_bytes,
+    sha256,
+    write_whole,
+)
+
+# The model that comes with this repository: scripts use it unless they are given another one.
+OPEN = os.path.relpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'open'))
+OPEN_MODEL = os.path.join(OPEN, 'open.model')
 
 
 def main(argv=None):
@@ -28,8 +42,7 @@ def main(argv=None):
     )
     parser.add_argument('files', help='folder of recordings, or a list with one path per line')
     parser.add_argument('--out', required=True, help='file to write, .npz')
-    add_channel_option(parser)
-    add_scoring_options(parser)
+    add_model_options(parser)
     args = parser.parse_args(argv)
     with exit_on_bad_input():
         embed(args)
@@ -45,7 +58,7 @@ def embed(args):
     folder = os.path.dirname(args.out) or '.'
     check_writable(folder, '--out')
     paths = list_files(args.files)
-    system, _ = load_model_of(args)
+    system, _ = load_chosen_model(args)
     faults = {}
     embeddings = system.embed_files(paths, any_format=True, channel=args.channel, faults=faults)
     usable = [row for row in range(len(paths)) if row not in faults]
@@ -61,14 +74,41 @@ def embed(args):
     raise_if_any(list(faults.values()), len(paths))
 
 
-def add_channel_option(parser):
-    """Adds --channel to a parser."""
+def add_model_options(parser):
+    """Adds the options of scripts that use a model: those of scoring, and --channel.
+
+    The default of --initial_model is OPEN_MODEL.
+    """
+    add_scoring_options(parser)
+    parser.set_defaults(initial_model=OPEN_MODEL)
     parser.add_argument(
         '--channel',
         type=in_range(int, 1),
         help='channel of recordings with several, from 1 (default: their mean, or the strongest '
         'if they cancel each other)',
     )
+
+
+def load_chosen_model(args):
+    """Loads --initial_model as load_model_of does; says so if it is OPEN_MODEL."""
+    if args.initial_model == OPEN_MODEL:
+        introduce_open_model()
+    return load_model_of(args)
+
+
+def introduce_open_model():
+    """Says on standard error that OPEN_MODEL is used, and where its card is.
+
+    Raises BadInput if the file is missing, or is not the one that its calibration.json names.
+    """
+    remedy = f'it comes with this repository: restore it (git checkout {OPEN}), or name a model'
+    calibration = read_calibration(OPEN)
+    if calibration is None or not os.path.isfile(OPEN_MODEL):
+        raise BadInput(f'{OPEN_MODEL} or its calibration.json is missing; {remedy}')
+    if sha256(read_bytes(OPEN_MODEL)) != calibration['checkpoint']['sha256']:
+        raise BadInput(f'{OPEN_MODEL} is damaged, or belongs to another calibration.json; {remedy}')
+    card = os.path.join(OPEN, 'README.md')
+    note(f'the model is {OPEN_MODEL}; {card} says what it can do, and what it cannot do')
 
 
 def list_files(files):

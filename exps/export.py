@@ -3,6 +3,8 @@
     pip install onnx onnxruntime
     python -m exps.export exps/exp1/model/model_0080.model --out ecapa.onnx
 
+Without a checkpoint it writes the model in exps/open.
+
 Input `waveform`, float32 (batch, samples): 16 kHz, mono, in [-1, 1], at least 257 samples. All
 utterances of a batch have the same length, because padding with zeros changes an embedding. Output
 `embedding`, float32 (batch, 192): unit embeddings of whole utterances, as exps.embed writes them.
@@ -24,6 +26,7 @@ from torch import nn
 
 from dataLoader import RATE, SHORTEST, require
 from ECAPAModel import model_of, read_checkpoint
+from exps.embed import OPEN_MODEL, introduce_open_model
 from model import HOP
 from tools import BadInput, command_of, exit_on_bad_input, provenance, write_whole
 
@@ -37,7 +40,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         prog='python -m exps.export', description='Write a checkpoint as an ONNX file.'
     )
-    parser.add_argument('model', help='checkpoint')
+    parser.add_argument(
+        'model', nargs='?', default=OPEN_MODEL, help=f'checkpoint (default: {OPEN_MODEL})'
+    )
     parser.add_argument('--out', required=True, help='ONNX file to write')
     args = parser.parse_args(argv)
     args.command = command_of('-m exps.export', argv)
@@ -56,6 +61,8 @@ def export(args):
     # Make the ONNX file in memory.
     if os.path.exists(args.out):
         raise BadInput(f'--out {args.out} is there already; remove it or choose another name')
+    if args.model == OPEN_MODEL:
+        introduce_open_model()
     require(os.path.isfile, args.model, 'MODEL')
     weights, sha256 = read_checkpoint(args.model)
     system = model_of(weights, args.model, device='cpu').eval()

@@ -2,11 +2,12 @@
 
     python -m exps.identify recordings/ --people people --initial_model MODEL --out who.csv
 
-People are folders, people/NAME/*.wav, or a list with lines `name recording...`. With the
-calibration.json of the experiment (exps.calibrate), the probability of person k is proportional to
-pi / K * LR_k, and the probability of nobody to 1 - pi; pi is the prior that the speaker is enrolled
-(--p_enrolled). Without a calibration the script gives only scores, which decide nothing. The
-recordings may have any format that soundfile reads.
+Without --initial_model it uses the model in exps/open. People are folders, people/NAME/*.wav, or a
+list with lines `name recording...`. With the calibration.json of the experiment (exps.calibrate),
+the probability of person k is proportional to pi / K * LR_k, and the probability of nobody to
+1 - pi; pi is the prior that the speaker is enrolled (--p_enrolled). Without a calibration the
+script gives only scores, which decide nothing. The recordings may have any format that soundfile
+reads.
 """
 
 import argparse
@@ -19,9 +20,9 @@ import numpy as np
 from scipy.special import softmax
 
 from dataLoader import find_audio, model_fault, read_list, split_lines, subfolders
-from ECAPAModel import load_model_of, raise_if_any
-from exps.embed import add_channel_option, list_files
-from exps.scoring import add_scoring_options, choose_normalisation, load_cohort, score_kinds
+from ECAPAModel import raise_if_any
+from exps.embed import add_model_options, list_files, load_chosen_model
+from exps.scoring import choose_normalisation, load_cohort, score_kinds
 from exps.verify import find_calibration
 from tools import (
     BadInput,
@@ -55,8 +56,7 @@ def main(argv=None):
         help='prior probability that the speaker is one of the people',
     )
     add('--save_path', help='folder of calibration.json; without it that of the run')
-    add_channel_option(parser)
-    add_scoring_options(parser)
+    add_model_options(parser)
     args = parser.parse_args(argv)
     with exit_on_bad_input():
         identify(args)
@@ -70,7 +70,7 @@ def identify(args):
     check_out(args.out)
     people = read_people(args.people)
     files = list_files(args.files)
-    system, checkpoint = load_model_of(args)
+    system, checkpoint = load_chosen_model(args)
     normalisation = choose_normalisation(args)
     cohort = load_cohort(system, checkpoint, normalisation[0])
     models, tests, usable, faults = embed_people(system, people, files, args.channel)

@@ -2,10 +2,11 @@
 
     python -m exps.verify one.wav other.wav --initial_model exps/exp1/model/model_0080.model
 
-prints their score. It decides with the calibration.json of the experiment, which exps.calibrate
-wrote. If there is none for this checkpoint, it uses the thresholds at the EER of the lists that
---eval scored. Give the options that were used then (--score_norm and so on). The recordings may
-have any format, rate and number of channels that soundfile reads; notes tell what is converted.
+prints their score. Without --initial_model it uses the model in exps/open. It decides with the
+calibration.json of the experiment, which exps.calibrate wrote. If there is none for this
+checkpoint, it uses the thresholds at the EER of the lists that --eval scored. Give the options that
+were used then (--score_norm and so on). The recordings may have any format, rate and number of
+channels that soundfile reads; notes tell what is converted.
 """
 
 import argparse
@@ -15,11 +16,9 @@ import os
 import numpy as np
 from scipy.special import expit, logit
 
-from ECAPAModel import load_model_of
 from exps.calibrate import read_calibration, why_not_for
-from exps.embed import add_channel_option
+from exps.embed import add_model_options, load_chosen_model
 from exps.scoring import (
-    add_scoring_options,
     choose_normalisation,
     load_cohort,
     read_results,
@@ -48,8 +47,7 @@ def main(argv=None):
     add('--c_miss', type=in_range(float, 1e-6), default=1.0, help='cost of a miss')
     add('--c_fa', type=in_range(float, 1e-6), default=1.0, help='cost of a false acceptance')
     add('--save_path', help='folder of calibration.json and results.json; without it the run')
-    add_channel_option(parser)
-    add_scoring_options(parser)
+    add_model_options(parser)
     args = parser.parse_args(argv)
     with exit_on_bad_input():
         verify(args)
@@ -58,7 +56,7 @@ def main(argv=None):
 def verify(args):
     """Prints the scores of two recordings, and the decision by a calibration or a threshold."""
     # Compute the scores.
-    system, checkpoint = load_model_of(args)
+    system, checkpoint = load_chosen_model(args)
     cohort_files, top_n, subtract_mean = choose_normalisation(args)
     embeddings = system.embed_files(args.recordings, any_format=True, channel=args.channel)
     cohort = load_cohort(system, checkpoint, cohort_files)
