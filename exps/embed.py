@@ -84,8 +84,8 @@ def add_model_options(parser):
     parser.add_argument(
         '--channel',
         type=in_range(int, 1),
-        help='channel of recordings with several, from 1 (default: their mean, or the strongest '
-        'if they cancel each other)',
+        help='channel to use of recordings with several, from 1; without it their mean, or the '
+        'strongest channel if they cancel each other',
     )
 
 

@@ -101,8 +101,9 @@ def add_scoring_options(parser):
     add('--eval_path', nargs='+', default=['data/VoxCeleb1/test/wav'],
         help='folder of the files in --eval_list: one for all lists, or one for each')
     add('--enrol_list', default='',
-        help='lines `model utterance...`; the first name of each trial is then a model')
-    add('--train_list', default='data/VoxCeleb2/train_list.txt', help='lines `speaker path`')
+        help='lines `model utterance...`; the enrolments of the trials are then these models')
+    add('--train_list', default='data/VoxCeleb2/train_list.txt',
+        help='training list: lines `speaker path`')
     add('--train_path', default='data/VoxCeleb2/train/wav',
         help='folder of the files in --train_list')
     add_speaker_option(add)

@@ -868,21 +868,23 @@ def main(argv=None):
         description='Measure the modules against plain implementations.'
     )
     parser.add_argument(
-        'sections', nargs='*', help=f'of {", ".join(SECTIONS)} (default: all but precision)'
+        'sections', nargs='*', help=f'{", ".join(SECTIONS)} (default: all but precision)'
     )
     parser.add_argument(
         '--device', type=choose_device, default='auto', help='as in trainECAPAModel.py'
     )
     parser.add_argument(
-        '--quick', action='store_true', help='small sizes: to see that it runs, not to measure'
+        '--quick', action='store_true', help='small sizes, to see that it runs, not to measure'
     )
     parser.add_argument(
         '--c',
         type=int,
         nargs='+',
-        help='channels of the step (128 512 1024), of precision (64)',
+        help='channels of the network (default: 128 512 1024 for step, 64 for precision)',
     )
-    parser.add_argument('--batch_size', type=int, help='of the step (default: 16, on a GPU 400)')
+    parser.add_argument(
+        '--batch_size', type=int, help='utterances in a step (default: 16, on a GPU 400)'
+    )
     options = parser.parse_args(argv)
     unknown = set(options.sections).difference(SECTIONS)
     if unknown:
