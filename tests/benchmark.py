@@ -482,7 +482,7 @@ def step_traffic(side, C, batch_size, precision, processes=1):
 
 
 def traffic_rows(options, folder):
-    """At the size of a GPU, whatever this machine is; for one GPU and as one of several."""
+    """At the size of a GPU, on any machine; for one GPU, and for one of several."""
     C = 16 if options.quick else 1024
     batch_size = 16 if options.quick else 400
     plain_kernels, plain_size = step_traffic('plain', C, batch_size, 'fp32')
@@ -643,7 +643,7 @@ def trial_list(folder, count):
 
 
 def evaluation_rows(options, folder):
-    """Scores of a trial list with the same weights, trained ones where there are some.
+    """Scores of a trial list with the same weights, trained ones if there are some.
 
     On a GPU at full size.
     """
@@ -825,7 +825,7 @@ def lists_rows(options, folder):
 
 
 def cpu_info():
-    """Text of /proc/cpuinfo, empty where there is none."""
+    """Text of /proc/cpuinfo, empty if there is none."""
     path = Path('/proc/cpuinfo')
     return path.read_text() if path.is_file() else ''
 

@@ -1,4 +1,4 @@
-"""Runs the commands as a user does: training, --eval, and whatever they refuse."""
+"""Runs the commands as a user does: training, --eval, and input that they refuse."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Damages files at random, and evaluates what is left beside the plain code.
+"""Damages files at random, and evaluates the rest, beside the plain code.
 
 Hypothesis draws the damage, the same in every run.
 """

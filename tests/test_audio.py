@@ -1,4 +1,4 @@
-"""Which audio files can be read, and what is said of those that cannot, or not wholly."""
+"""Which audio files can be read, and what is said about others, and about files that are cut."""
 
 import io
 import os

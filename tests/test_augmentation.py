@@ -35,7 +35,7 @@ def tone(cycles, samples=LENGTH, level=1.0):
 
 @pytest.fixture
 def noises(tmp_path):
-    """A dataset with ten clips a category, each a tone of its own."""
+    """A dataset with ten clips in each category, each of a different tone."""
     dataset = object.__new__(train_loader)
     dataset.noises = {}
     for category in ('noise', 'speech', 'music'):
@@ -156,7 +156,7 @@ def test_crops_start_uniformly(tmp_path):
 
 @pytest.mark.parametrize('tail', [0, 10000, 10001])
 def test_a_piece_longer_than_what_is_left_ends_with_the_audio(tmp_path, tail):
-    """What follows the samples in a wav is no audio."""
+    """Bytes after the samples of a wav are not audio."""
     path = write_wav(tmp_path / 'noise.wav', np.full(1000, 0.5), subtype='PCM_16')
     with open(path, 'ab') as file:
         file.write(b'LIST')

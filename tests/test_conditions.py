@@ -156,7 +156,7 @@ def test_conditions_of_a_list(corpus, tree, capsys):
     assert len(files) == 20 * 6
     for path in files:
         same = corpus / 'two/audio' / path.relative_to(corpus / 'one/audio')
-        assert path.read_bytes() == same.read_bytes(), 'drawn by the name of the file alone'
+        assert path.read_bytes() == same.read_bytes(), 'drawn only by the name of the file'
     clean, _ = soundfile.read(corpus / 'one/audio/id0/a/0.clean.wav')
     noisy, _ = soundfile.read(corpus / 'one/audio/id0/a/0.noise.wav')
     noise = noisy - clean
@@ -177,7 +177,7 @@ def test_conditions_of_a_list(corpus, tree, capsys):
 
 def test_noise_is_of_the_speaker_and_recording_and_as_loud_as_asked_for(corpus):
     for category in ('noise', 'speech', 'music'):
-        # Ten seconds, of which a recording takes 2.5 from a place of its own.
+        # Ten seconds, of which each recording takes 2.5 at another place.
         samples = 0.1 * np.random.default_rng(0).standard_normal(160000)
         write_wav(corpus / 'musan' / category / '1.wav', samples, subtype='PCM_16')
     names = [f'id{speaker}/{session}/1.wav' for speaker in range(2) for session in 'xy']

@@ -60,7 +60,7 @@ def test_calibration_finds_the_likelihood_ratio():
 
 
 def slow_cllr(ratios, labels):
-    """Cllr by a loop, as its definition has it."""
+    """Cllr by a loop, as it is defined."""
     sides = {1: [], 0: []}
     for ratio, label in zip(ratios, labels):
         signed = -ratio if label else ratio

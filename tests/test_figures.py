@@ -1,4 +1,4 @@
-"""What the figures of a list are: EER and minDCF where scores are equal, few or out of scale."""
+"""What the figures of a list are: EER and minDCF if scores are equal, few or huge."""
 
 import itertools
 import json

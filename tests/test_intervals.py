@@ -283,7 +283,7 @@ def values_of(scores, labels):
 
 
 def interval_by_trials(scores, labels, seed):
-    """Returns the EER's interval if every trial had speakers of its own."""
+    """Returns the EER's interval if every trial had its own speakers."""
     random = np.random.default_rng(seed)
     eers = []
     for _ in range(60):

@@ -133,7 +133,7 @@ def test_a_process_alone_may_have_the_variables_of_a_launcher(monkeypatch):
     assert process_count() == 1
 
 
-# Runs the command, after a process of its own has had its options changed.
+# Runs the command with other options in one of the processes.
 UNLIKE = """
 import os, sys, time
 from pathlib import Path

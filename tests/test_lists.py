@@ -211,7 +211,7 @@ def test_a_file_that_is_not_there_is_named_with_its_option(tmp_path, kind):
 
 
 def test_a_file_that_cannot_be_reached_is_not_called_missing(tmp_path, monkeypatch):
-    """os.path.isfile is False where a folder on the way cannot be read."""
+    """os.path.isfile is False if a folder above the file cannot be read."""
 
     def refuse(path, *args, **kwargs):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)

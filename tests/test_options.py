@@ -76,7 +76,7 @@ def test_scripts_may_pass_all_published_options_to_every_part(tree):
 
 
 def test_torchrun_hands_on_each_option_or_its_longer_name():
-    """Its parser refuses what may be the beginning of several of its own options."""
+    """torchrun's parser refuses a text with which several of its options begin."""
     launcher = pytest.importorskip('torch.distributed.run').get_args_parser()
     theirs = [name for action in launcher._actions for name in action.option_strings]
     for action in trainECAPAModel.make_parser()._actions:
@@ -178,7 +178,7 @@ def test_a_crop_that_memory_cannot_hold_is_refused(tree, capsys):
 
 @pytest.mark.parametrize('kind, text', [(int, '9' * 20), (int, '9' * 5000), (float, 'inf')])
 def test_options_have_finite_bounds(kind, text):
-    """Also where no upper bound is given: 20 nines overflowed the clock."""
+    """Also if an option has no upper bound: 20 nines overflowed the clock."""
     with pytest.raises((argparse.ArgumentTypeError, ValueError)):
         in_range(kind, 0)(text)
 

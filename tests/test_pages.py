@@ -22,7 +22,7 @@ def committed_files():
 
 
 def without_code(text):
-    """A page without its blocks of code, whose brackets are no links and whose # are no titles."""
+    """A page without blocks of code, in which brackets are not links and # is not a title."""
     return re.sub(r'^```.*?^```', '', text, flags=re.DOTALL | re.MULTILINE)
 
 

@@ -1,4 +1,4 @@
-"""What is fast equals what is plain: network, batches, loss, lists, scores, loaders of any kind."""
+"""The fast code equals the plain code: network, batches, loss, lists, scores, all loaders."""
 
 import os
 import random

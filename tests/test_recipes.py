@@ -324,7 +324,7 @@ def test_accumulated_gradients_are_those_of_the_batch():
         torch.manual_seed(5)
         system = make_system(n_class=6, accumulate=accumulate)
         system.speaker_encoder.specaug = torch.nn.Identity()
-        # Each part has batch statistics of its own, so they are left out here.
+        # Each part has its own batch statistics, so they are left out here.
         system.train()
         for module in system.modules():
             if isinstance(module, torch.nn.BatchNorm1d):

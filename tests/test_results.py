@@ -1,4 +1,4 @@
-"""Where results lie: in copied and moved folders, and where nothing can be written."""
+"""Where results are: in copied and moved folders, and if nothing can be written."""
 
 import json
 import os

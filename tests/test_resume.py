@@ -113,7 +113,7 @@ def test_keep_leaves_the_newest_checkpoints_and_all_scores(tree):
 
 
 def test_a_resume_removes_nothing_that_it_needs(tree, capsys):
-    """With --keep 1 the newest that can be read is kept, whatever is newer.
+    """With --keep 1 the newest checkpoint that can be read is kept, even if others are newer.
 
     The states beside it are not pushed out by those of epochs whose models are gone.
     """

@@ -1,4 +1,4 @@
-"""Does everything run where processes are spawned (macOS, Windows) or forked by a server (3.14)?"""
+"""Does everything run if processes are spawned (macOS, Windows) or forked by a server (3.14)?"""
 
 import os
 import pickle

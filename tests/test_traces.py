@@ -122,7 +122,7 @@ def compilations(system):
 
 @pytest.mark.parametrize('accumulate', [1, 4])
 def test_gradients_are_exchanged_once_a_step(four_processes, monkeypatch, accumulate):
-    """In frozen epochs those of the classifier alone, and the encoder has none."""
+    """In frozen epochs only the classifier has gradients."""
     sizes = []
     sum_over_processes = tools.sum_over_processes
 
