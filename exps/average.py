@@ -32,8 +32,8 @@ def main(argv=None):
     add('models', nargs='+', help='checkpoints, or the folder model/ of a run')
     add('--last', type=int, default=10, help='how many of the newest (default: 10)')
     add('--out', required=True, help='checkpoint to write')
-    add('--half', action='store_true', help='write 16-bit weights: half the size')
-    add('--classes', type=in_range(int, 1), help='keep only the first classes of the classifier')
+    add('--half', action='store_true', help='write 16-bit weights, for a file of half the size')
+    add('--classes', type=in_range(int, 1), help='keep only the first N classes of the classifier')
     args = parser.parse_args(argv)
     with exit_on_bad_input():
         average(args.models, args.last, args.out, args.half, args.classes)
@@ -42,8 +42,9 @@ def main(argv=None):
 def average(models, last, out, half=False, classes=None):
     """Writes the mean of checkpoints, or of the `last` newest checkpoints of a folder, to `out`.
 
-    half: write matrices and filters in float16. Vectors stay in float32: they are small, and
-    float16 has no room for the variances of batch norms. classes: how many to keep, None for all.
+    half: write matrices and filters in float16. Vectors stay in float32: they are small, and the
+    variances of batch norms may be outside of float16's range. classes: how many to keep, None for
+    all.
 
     Raises BadInput if their tensors differ in shape, or if `out` exists.
     """
@@ -102,7 +103,7 @@ def first_classes(weights, count):
     kept = {}
     for name, tensor in weights.items():
         has_row_for_each = name.startswith('speaker_loss.') and tensor.shape[:1] == (known,)
-        # A slice alone would be saved with the memory of all rows.
+        # A slice would be saved with the memory of all rows, so copy it.
         kept[name] = tensor[:count].clone() if has_row_for_each else tensor
     return kept
 
