@@ -203,7 +203,7 @@ def read_experiments(paths):
     files = {}
     for path in paths:
         if not os.path.exists(path):
-            raise BadInput(f'{path}: no such file')
+            raise BadInput(f'{path}: no such file or folder')
         place = place_of(path)
         files[place] = os.path.join(place, 'score.txt') if os.path.isdir(place) else path
 
