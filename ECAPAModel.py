@@ -31,7 +31,7 @@ from dataLoader import (
     read_any,
     read_audio,
     read_trial_lists,
-    require,
+    require_file,
 )
 from loss import LOSSES, loss_of
 from model import ENCODERS, HOP, encoder_of
@@ -596,7 +596,7 @@ def raise_if_any(faults, count):
 # Saving and resuming.
 
 
-class Done(NamedTuple):
+class Progress(NamedTuple):
     """The last epoch that a run has finished (0: none), and its figures (None: not known)."""
 
     epoch: int = 0
@@ -608,8 +608,8 @@ class Done(NamedTuple):
 def save_training(system, folder, done, identity, keep=0):
     """Writes model_EPOCH.model, and model_EPOCH.state for resuming; then removes old files.
 
-    done: Done. identity: {option: value} of the options that change the numbers of the run. Raises
-    BadInput if a weight is not finite.
+    done: Progress. identity: {option: value} of the options that change the numbers of the run.
+    Raises BadInput if a weight is not finite.
     """
     for name, tensor in system.state_dict().items():
         if not tensor.isfinite().all():
@@ -627,8 +627,8 @@ def save_training(system, folder, done, identity, keep=0):
 def resume(system, folder, identity, force=False):
     """Loads the newest checkpoint of a folder that can be read, with the optimiser's state.
 
-    identity: {option: value} of the options that change the numbers of this run. Returns (Done, the
-    options that changed, as text), or (None, []) if the folder holds no run. Raises BadInput if
+    identity: {option: value} of the options that change the numbers of this run. Returns (Progress,
+    the options that changed, as text), or (None, []) if the folder holds no run. Raises BadInput if
     options changed, unless force is true, and if no checkpoint can be read or fits.
     """
     path, weights, state = newest_checkpoint(folder)
@@ -660,8 +660,8 @@ def resume(system, folder, identity, force=False):
             f'{path}: no usable .state beside it; the optimiser starts from the beginning',
             file=sys.stderr,
         )
-    figures = {name: state.get(name) for name in Done._fields}
-    return Done(**figures), changes
+    figures = {name: state.get(name) for name in Progress._fields}
+    return Progress(**figures), changes
 
 
 def changed_options(saved, identity):
@@ -737,7 +737,7 @@ def load_model_of(args):
     """Loads --initial_model of a command; returns (ECAPAModel, {'path', 'sha256'} of the file)."""
     if not args.initial_model:
         raise BadInput('--initial_model is needed: the checkpoint to score')
-    require(os.path.isfile, args.initial_model, '--initial_model')
+    require_file(args.initial_model, '--initial_model')
     weights, sha256 = read_checkpoint(args.initial_model)
     system = model_of(weights, args.initial_model, **tools.options_for(ECAPAModel, args))
     return system, {'path': args.initial_model, 'sha256': sha256}
@@ -953,7 +953,7 @@ def explain_damage(content, error):
     if not content:
         return 'it is empty (0 bytes)'
     if content.startswith(b'PK'):
-        return f'it is damaged or cut short, at {len(content):,} bytes ({tools.summary(error)})'
+        return f'it is damaged or cut short, at {len(content):,} bytes ({tools.first_line(error)})'
     for sign, meaning in OTHER_FILES.items():
         if re.match(sign, content, re.DOTALL | re.IGNORECASE):
             return meaning
@@ -1010,7 +1010,7 @@ def choose_device(name='auto'):
             # Otherwise PyTorch would put some of its tensors on the first GPU.
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
-        message = f'--device {name}: not available here: {tools.summary(error)}'
+        message = f'--device {name}: not available here: {tools.first_line(error)}'
         if name == 'auto':
             message += ' (this machine has a GPU: update its driver, or give --device cpu)'
         raise BadInput(message) from error

@@ -42,6 +42,7 @@ from tools import (
     MORE_SHARED_MEMORY,
     BadInput,
     available_cpus,
+    first_line,
     message_for,
     note,
     process_count,
@@ -50,7 +51,6 @@ from tools import (
     refuse_unknown,
     say,
     sha256,
-    summary,
     write_text,
 )
 
@@ -198,14 +198,14 @@ class train_loader(Dataset):
         """
         if rng.random() >= self.augment_share:
             return audio
-        kind = rng.choice(('reverberation', 'babble', 'music', 'noise', 'television'))
-        if kind == 'reverberation':
+        way = rng.choice(('reverberation', 'babble', 'music', 'noise', 'television'))
+        if way == 'reverberation':
             return self.add_rev(audio, rng)
-        if kind in ('babble', 'television'):
+        if way in ('babble', 'television'):
             audio = self.add_noise(audio, 'speech', rng)
-        if kind in ('music', 'television'):
+        if way in ('music', 'television'):
             audio = self.add_noise(audio, 'music', rng)
-        if kind == 'noise':
+        if way == 'noise':
             audio = self.add_noise(audio, 'noise', rng)
         return audio
 
@@ -622,7 +622,7 @@ def prepare_worker(worker):
 
 def end_worker(queue, error, item):
     """Ends a loading process whose result cannot be sent."""
-    print(f'a loading process cannot send its result: {summary(error)}', file=sys.stderr)
+    print(f'a loading process cannot send its result: {first_line(error)}', file=sys.stderr)
     os._exit(1)
 
 
@@ -662,7 +662,7 @@ def shared_memory_errors():
         if get_worker_info() is None:
             raise
         raise BadInput(
-            f'a loading process has no shared memory for its result ({summary(error)}): '
+            f'a loading process has no shared memory for its result ({first_line(error)}): '
             f'{MORE_SHARED_MEMORY}'
         ) from error
 
@@ -1374,7 +1374,7 @@ def walk(folder, role):
     Hidden names and those in LEFT_BEHIND are skipped, and counted in a note. Raises BadInput that
     names a folder if it cannot be read: part of the data would be missing.
     """
-    require(os.path.isdir, folder, role)
+    require_folder(folder, role)
     files = []
     skipped = 0
     pending = [(os.fspath(folder), [])]
@@ -1439,20 +1439,26 @@ def first_lines(lines, count=20):
     return [*lines[:count], f'and {len(lines) - count:,} more']
 
 
-def require(exists, path, role):
-    """Raises BadInput if there is no such file or folder.
+def require_file(path, role):
+    """Raises BadInput if there is no such file; role: the option that named the path."""
+    if not os.path.isfile(path):
+        raise_missing(path, role, 'file')
 
-    exists: os.path.isfile or os.path.isdir. role: the option that named the path.
-    """
-    if exists(path):
-        return
+
+def require_folder(path, role):
+    """Raises BadInput if there is no such folder; role: the option that named the path."""
+    if not os.path.isdir(path):
+        raise_missing(path, role, 'folder')
+
+
+def raise_missing(path, role, wanted):
+    """Raises BadInput that says why there is no such file or folder (`wanted`)."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
         raise BadInput(f'{role}: {path}: cannot be read ({error.strerror})') from error
-    wanted = 'file' if exists is os.path.isfile else 'folder'
     message = f'{role}: {path}: no such {wanted}'
     if str(path).startswith('data/') and not os.path.exists('data'):
         message += (
@@ -1571,7 +1577,7 @@ def read_trials(path, folder, models, enrolments, numbers_of_files, speaker=''):
     models, enrolments: as read_models returns them. Adds the files that are new to
     numbers_of_files, {file: its number}.
     """
-    require(os.path.isdir, folder, '--eval_path')
+    require_folder(folder, '--eval_path')
     content = read_list(path, '--eval_list')
     label_at = find_label(content, models, path)
     fault = functools.partial(trial_fault, label_at=label_at, models=models)
@@ -1752,7 +1758,7 @@ def field_fault(fields, count=2):
 
 def read_list(path, role):
     """Returns the bytes of a list. Raises BadInput if it is missing or is not text in UTF-8."""
-    require(os.path.isfile, path, role)
+    require_file(path, role)
     content = read_bytes(path)
     if content.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise BadInput(
@@ -1799,7 +1805,7 @@ def check_data(dataset, eval_files, every_file, n_cpu, max_bad):
     the bad files if a file of the trials is bad, or more than max_bad percent of the training files
     or of a folder of noises or rooms.
     """
-    require(os.path.isdir, dataset.train_path, '--train_path')
+    require_folder(dataset.train_path, '--train_path')
     if every_file:
         check_every_file(dataset, eval_files, n_cpu, max_bad)
     else:

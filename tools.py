@@ -374,6 +374,15 @@ def refuse_unknown(function, names):
             raise TypeError(f'{function.__name__} has no option {name}')
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Formats --help with the defaults of the options that have one."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False or action.default == '':
+            return action.help
+        return super()._get_help_string(action)
+
+
 LARGEST = {int: 2**31 - 1, float: sys.float_info.max}
 
 
@@ -657,13 +666,13 @@ def message_for(error):
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return f'{error.strerror} (standard output, a file or a pipe of this process)'
     if isinstance(error, MemoryError):
-        return f'{summary(error)}\nUse a smaller --batch_size, or shorter crops.'
+        return f'{first_line(error)}\nUse a smaller --batch_size, or shorter crops.'
     if isinstance(error, RuntimeError) and re.search(MEMORY, str(error)):
-        return f'{summary(error)}\nUse a smaller --batch_size, or --accumulate.'
+        return f'{first_line(error)}\nUse a smaller --batch_size, or --accumulate.'
     return None
 
 
-def summary(error):
+def first_line(error):
     """Returns the first line of a library's error, or its type if it has none."""
     lines = str(error).splitlines() or [type(error).__name__]
     return lines[0][:200]
@@ -711,7 +720,7 @@ def why_not_together(error):
         return None
     return (
         f'another process of this training has ended, or has not answered for {TIMEOUT / 60:.0f} '
-        f'minutes ({summary(error)}); torchrun names it'
+        f'minutes ({first_line(error)}); torchrun names it'
     )
 
 

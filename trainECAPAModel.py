@@ -22,8 +22,8 @@ import dataLoader
 import tools
 from ECAPAModel import (
     Diverged,
-    Done,
     ECAPAModel,
+    Progress,
     describe,
     load_weights,
     prune,
@@ -44,7 +44,7 @@ def make_parser():
         description='Train and score ECAPA-TDNN speaker verification.',
         epilog='@FILE reads options from a recipe; options after it on the command line take '
         'precedence. Run the same command again to continue an interrupted run.',
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=tools.HelpFormatter,
         fromfile_prefix_chars='@',
     )
     parser.convert_arg_line_to_args = split_recipe_line
@@ -216,7 +216,7 @@ def prepare(args):
 
 
 def train_epoch(run, epoch, args):
-    """Trains an epoch; returns Done. Raises BadInput that names the batch if the loss diverges."""
+    """Trains an epoch; returns Progress. Raises BadInput naming the batch if the loss diverges."""
     # Each epoch has its own seed, so a resumed epoch draws the same as in an uninterrupted run.
     seed = np.random.SeedSequence([args.seed, epoch, process_rank()]).generate_state(1)[0]
     torch.manual_seed(int(seed))
@@ -225,7 +225,7 @@ def train_epoch(run, epoch, args):
         loss, lr, accuracy = run.system.train_network(epoch, run.loader)
     except Diverged as error:
         raise save_bad_batch(error, run.loader, args) from error
-    return Done(epoch, loss, lr, accuracy)
+    return Progress(epoch, loss, lr, accuracy)
 
 
 def score_epoch(run, done, scores, args):
@@ -298,7 +298,7 @@ def build_system(args, speakers):
     n_class = args.n_class or speakers
     weights = None
     if args.initial_model:
-        dataLoader.require(os.path.isfile, args.initial_model, '--initial_model')
+        dataLoader.require_file(args.initial_model, '--initial_model')
         weights, _ = read_checkpoint(args.initial_model)
         found = describe(weights)
         if found['encoder'] != args.encoder:
@@ -488,7 +488,7 @@ def digests(trial_lists):
 def resume_or_begin(run, args):
     """Resumes the run in --save_path, or begins one.
 
-    Returns (Done, the lines of score.txt). Raises BadInput for a score.txt without checkpoints.
+    Returns (Progress, the lines of score.txt). Raises BadInput for a score.txt without checkpoints.
     """
     # Resume, if there is a run.
     system = run.system
@@ -523,7 +523,7 @@ def resume_or_begin(run, args):
         # With the same seed, machines with different processors may draw different numbers.
         for tensor in system.state_dict().values():
             dist.broadcast(tensor, 0)
-    done = done or Done()
+    done = done or Progress()
     tools.compare_processes({'save_path': f'epoch {done.epoch}, {len(scores)} scores'}, args)
     return done, scores
 

@@ -6,11 +6,8 @@
 
 This is stochastic weight averaging (Izmailov et al., UAI 2018). The running means and variances of
 batch norms are averaged too; their counts are those of the last checkpoint. The result is scored
-like any other checkpoint.
-
-Two options make the file smaller, also for a single checkpoint: --half writes 16-bit weights, and
---classes N keeps the first N classes of the classifier. After a training with --speed_perturb, the
-first third of the classes are the speakers at their own speed.
+like any other checkpoint. --half writes 16-bit weights, also of a single checkpoint; the file is
+half as large, and loads like any other.
 """
 
 import argparse
@@ -18,9 +15,9 @@ import os
 
 import torch
 
-from dataLoader import require
-from ECAPAModel import describe, read_checkpoint, saved_models
-from tools import BadInput, exit_on_bad_input, in_range, write_whole
+from dataLoader import require_file
+from ECAPAModel import model_of, read_checkpoint, saved_models
+from tools import BadInput, exit_on_bad_input, write_whole
 
 
 def main(argv=None):
@@ -33,20 +30,16 @@ def main(argv=None):
     add('--last', type=int, default=10, help='how many of the newest (default: 10)')
     add('--out', required=True, help='checkpoint to write')
     add('--half', action='store_true', help='write 16-bit weights, for a file of half the size')
-    add('--classes', type=in_range(int, 1), help='keep only the first N classes of the classifier')
     args = parser.parse_args(argv)
     with exit_on_bad_input():
-        average(args.models, args.last, args.out, args.half, args.classes)
+        average(args.models, args.last, args.out, args.half)
 
 
-def average(models, last, out, half=False, classes=None):
+def average(models, last, out, half=False):
     """Writes the mean of checkpoints, or of the `last` newest checkpoints of a folder, to `out`.
 
-    half: write matrices and filters in float16. Vectors stay in float32: they are small, and the
-    variances of batch norms may be outside of float16's range. classes: how many to keep, None for
-    all.
-
-    Raises BadInput if their tensors differ in shape, or if `out` exists.
+    half: write the weights of layers in float16; see half_precision. Raises BadInput if their
+    tensors differ in shape, or if `out` exists.
     """
     if os.path.exists(out):
         raise BadInput(f'--out {out} is there already; remove it or choose another name')
@@ -54,7 +47,7 @@ def average(models, last, out, half=False, classes=None):
     if len(models) > 1 and paths is not models:
         raise BadInput(f'{models[0]}: is a folder; give one folder, or checkpoints')
     for path in paths:
-        require(os.path.isfile, path, 'MODELS')
+        require_file(path, 'MODELS')
     if len({os.path.realpath(path) for path in paths}) < len(paths):
         raise BadInput('MODELS: a checkpoint is given twice; it would count twice')
 
@@ -73,13 +66,9 @@ def average(models, last, out, half=False, classes=None):
                 total[name] = total.get(name, 0) + tensor.double() / len(paths)
             else:
                 total[name] = tensor
-    mean = {}
-    for name, tensor in total.items():
-        is_weight = tensor.is_floating_point() and tensor.ndim > 1
-        dtype = torch.float16 if half and is_weight else weights[name].dtype
-        mean[name] = tensor.to(dtype)
-    if classes:
-        mean = first_classes(mean, classes)
+    mean = {name: tensor.to(weights[name].dtype) for name, tensor in total.items()}
+    if half:
+        mean = half_precision(mean, paths[0])
     write_whole(out, lambda file: torch.save(mean, file))
     print(f'{out}: the mean of {len(paths)} checkpoints, {paths[0]} to {paths[-1]}')
 
@@ -92,20 +81,18 @@ def newest(folder, count):
     return paths[:count][::-1]
 
 
-def first_classes(weights, count):
-    """Keeps the first classes in a state dict: the first rows of tensors with a row for each class.
+def half_precision(weights, path):
+    """Returns a state dict, read from `path`, with the matrices of all layers in float16.
 
-    Raises BadInput if there are fewer.
+    The rest stays in float32, as it is small: mel filters, which are the same in every model, and
+    vectors, such as the variances of batch norms, which may be outside of float16's range.
     """
-    known = describe(weights)['n_class']
-    if count > known:
-        raise BadInput(f'--classes {count}: the classifier has {known}')
-    kept = {}
+    parameters = dict(model_of(weights, path, device='cpu').named_parameters())
+    rounded = {}
     for name, tensor in weights.items():
-        has_row_for_each = name.startswith('speaker_loss.') and tensor.shape[:1] == (known,)
-        # A slice would be saved with the memory of all rows, so copy it.
-        kept[name] = tensor[:count].clone() if has_row_for_each else tensor
-    return kept
+        is_matrix = name in parameters and tensor.ndim > 1
+        rounded[name] = tensor.half() if is_matrix else tensor
+    return rounded
 
 
 def tensor_specs(weights):

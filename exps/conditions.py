@@ -38,12 +38,15 @@ from dataLoader import (
     read_audio,
     read_room,
     read_trial_lists,
+    require_file,
+    require_folder,
     reverberate,
     through_codec,
 )
 from exps.embed import OPEN_MODEL
 from tools import (
     BadInput,
+    HelpFormatter,
     default_n_cpu,
     exit_on_bad_input,
     in_range,
@@ -64,7 +67,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         prog='python -m exps.conditions',
         description='Write the files of a trial list in other conditions.',
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add('list', help='trial list: lines `label enrolment test`, or with the label last')
@@ -96,7 +99,9 @@ def write_conditions(args):
     Raises BadInput for an unknown condition, a file that cannot be used, a disk that is too small,
     and a folder that was written with other options.
     """
-    # Check the names, the list and the folder.
+    # Check the names, the list and the folders.
+    require_file(args.list, 'LIST')
+    require_folder(args.audio, '--audio')
     made = make_conditions(args)
     names = list(dict.fromkeys(args.conditions or made))
     for name in names:

@@ -19,6 +19,7 @@ from exps.calibrate import read_calibration
 from exps.scoring import add_scoring_options
 from tools import (
     BadInput,
+    HelpFormatter,
     check_writable,
     exit_on_bad_input,
     in_range,
@@ -38,7 +39,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         prog='python -m exps.embed',
         description='Write embeddings of recordings.',
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument('files', help='folder of recordings, or a list with one path per line')
     parser.add_argument('--out', required=True, help='file to write, .npz')
@@ -115,6 +116,8 @@ def list_files(files):
     """Returns the paths of the recordings below a folder, or in the lines of a text file."""
     if os.path.isdir(files):
         return find_audio(files, 'FILES', any_format=True)
+    if not os.path.exists(files):
+        raise BadInput(f'FILES: {files}: no such file or folder')
     lines = read_list(files, 'FILES').splitlines()
     paths = [os.fsdecode(line.strip()) for line in lines if line.strip()]
     if not paths:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dataLoader import RATE, SHORTEST, require
+from dataLoader import RATE, SHORTEST, require_file
 from ECAPAModel import model_of, read_checkpoint
 from exps.embed import OPEN_MODEL, introduce_open_model
 from model import HOP
@@ -63,7 +63,7 @@ def export(args):
         raise BadInput(f'--out {args.out} is there already; remove it or choose another name')
     if args.model == OPEN_MODEL:
         introduce_open_model()
-    require(os.path.isfile, args.model, 'MODEL')
+    require_file(args.model, 'MODEL')
     weights, sha256 = read_checkpoint(args.model)
     system = model_of(weights, args.model, device='cpu').eval()
     graph = onnx.load_from_string(to_onnx(system))

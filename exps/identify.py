@@ -26,6 +26,7 @@ from exps.scoring import choose_normalisation, load_cohort, score_kinds
 from exps.verify import find_calibration
 from tools import (
     BadInput,
+    HelpFormatter,
     check_writable,
     exit_on_bad_input,
     in_range,
@@ -43,7 +44,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         prog='python -m exps.identify',
         description='Name the people in recordings.',
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add('files', help='folder of recordings, or a list with one path per line')
@@ -182,6 +183,8 @@ def read_people(path):
     Raises BadInput for a recording outside of folders, a person without recordings or called
     'nobody', and a recording that two people share.
     """
+    if not os.path.exists(path):
+        raise BadInput(f'--people: {path}: no such file or folder')
     people = {}
     if os.path.isdir(path):
         people = {name: [] for name in subfolders(path, '--people')}

@@ -19,7 +19,7 @@ import torch
 from scipy.special import ndtr, stdtrit
 from tqdm import tqdm
 
-from dataLoader import check_audio, read_train_list, read_trial_lists, require
+from dataLoader import check_audio, read_train_list, read_trial_lists, require_folder
 from ECAPAModel import Scored, load_model_of, raise_if_any
 from tools import (
     FIGURES,
@@ -175,7 +175,7 @@ def choose_cohort(train_list, train_path, per_speaker, seed):
 
     Returns a list of paths for each speaker.
     """
-    require(os.path.isdir, train_path, '--train_path')
+    require_folder(train_path, '--train_path')
     _, labels, names, _ = read_train_list(train_list)
     by_speaker = np.argsort(labels, kind='stable')
     ends = np.cumsum(np.bincount(labels))

@@ -24,7 +24,7 @@ from exps.scoring import (
     read_results,
     score_kinds,
 )
-from tools import BadInput, exit_on_bad_input, in_range
+from tools import BadInput, HelpFormatter, exit_on_bad_input, in_range
 
 DECISIONS = {True: 'the same speaker', False: 'different speakers'}
 
@@ -34,7 +34,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         prog='python -m exps.verify',
         description='Score two recordings, and decide.',
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add('recordings', nargs=2, metavar='WAV', help='two recordings')

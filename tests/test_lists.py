@@ -15,7 +15,7 @@ from damage import NAMES, PAIRS, assert_plain_scores, damage, many, outcome, tri
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataLoader import check_lists, read_trial_lists, require, train_loader
+from dataLoader import check_lists, read_trial_lists, require_file, require_folder, train_loader
 from tools import BadInput
 
 pytestmark = pytest.mark.usefixtures('short_crops')
@@ -205,9 +205,9 @@ def test_a_first_line_with_a_label_at_each_end_is_refused(separate, tmp_path, co
 
 @pytest.mark.parametrize('kind', [str, Path])
 def test_a_file_that_is_not_there_is_named_with_its_option(tmp_path, kind):
-    for exists in (os.path.isfile, os.path.isdir):
+    for require in (require_file, require_folder):
         with pytest.raises(BadInput, match=f'--eval_list: {tmp_path}/none: no such'):
-            require(exists, kind(tmp_path / 'none'), '--eval_list')
+            require(kind(tmp_path / 'none'), '--eval_list')
 
 
 def test_a_file_that_cannot_be_reached_is_not_called_missing(tmp_path, monkeypatch):
@@ -218,7 +218,7 @@ def test_a_file_that_cannot_be_reached_is_not_called_missing(tmp_path, monkeypat
 
     monkeypatch.setattr(os, 'stat', refuse)
     with pytest.raises(BadInput, match=f'--eval_list: .*{os.strerror(errno.EACCES)}'):
-        require(os.path.isfile, str(tmp_path / 'none'), '--eval_list')
+        require_file(str(tmp_path / 'none'), '--eval_list')
 
 
 def test_up_to_twenty_bad_lines_are_shown(tree, capsys):

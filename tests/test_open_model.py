@@ -143,24 +143,9 @@ def test_half_precision_halves_a_checkpoint(tmp_path, recordings):
     expected = system.state_dict()
     for name, tensor in load_model(half, device='cpu').state_dict().items():
         # float16 has 11 significant bits, and steps of 2^-24 near zero.
-        bound = 2**-11 if tensor.ndim > 1 else 0
+        is_matrix = tensor.ndim > 1 and 'torchfbank' not in name
+        bound = 2**-11 if is_matrix else 0
         np.testing.assert_allclose(tensor, expected[name], rtol=bound, atol=bound * 2**-13)
-
-
-def test_the_first_classes_are_kept(tmp_path, capsys):
-    system = portable_system(8)
-    whole = tmp_path / 'whole.model'
-    few = tmp_path / 'few.model'
-    system.save_parameters(whole)
-    average.main([str(whole), '--classes', '7', '--out', str(few)])
-    kept = load_model(few, device='cpu')
-    assert kept.n_class == 7
-    np.testing.assert_array_equal(
-        kept.speaker_loss.weight.detach(), system.speaker_loss.weight[:7].detach()
-    )
-    assert few.stat().st_size < whole.stat().st_size - 13 * 192 * 4 + 500
-    arguments = [str(whole), '--classes', '21', '--out', str(tmp_path / 'x.model')]
-    assert '--classes 21' in refusal(capsys, average.main, arguments)
 
 
 def test_the_command_does_not_guess_a_model(capsys):

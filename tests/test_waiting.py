@@ -10,7 +10,7 @@ from conftest import make_system
 import ECAPAModel
 from dataLoader import make_batches, train_loader
 from tools import MORE_SHARED_MEMORY
-from trainECAPAModel import Done, epoch_line, make_parser
+from trainECAPAModel import Progress, epoch_line, make_parser
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,7 +102,7 @@ def test_the_share_is_that_of_the_device_not_of_the_host(
     system = train(monkeypatch, loader_ms, device_ms, on_gpu)
     assert 100 * system.share_idle == pytest.approx(percent, abs=1.5)
     assert ('bottleneck' in capsys.readouterr().err) == (percent > 30)
-    line = epoch_line(Done(1, 1.0, 0.001, 50.0), [0], 80, system.share_idle, 0)
+    line = epoch_line(Progress(1, 1.0, 0.001, 50.0), [0], 80, system.share_idle, 0)
     assert f'{100 * system.share_idle:.0f}% waiting' in line
 
 
