@@ -9,17 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli import SMALL, command_line, refusal, torchrun, train
+from cli import SMALL, command_line, refusal, run_two, train
 
+import tools
+import trainECAPAModel
 from dataLoader import make_batches, train_loader
+from ECAPAModel import ECAPAModel
 from tools import BadInput, process_count
 from trainECAPAModel import join_processes
 
-ROOT = Path(__file__).parents[1]
-COMMAND = ROOT / 'trainECAPAModel.py'
 
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     'option, value, words',
     [
@@ -32,23 +31,23 @@ def test_what_is_wrong_is_said_once(tree, tmp_path, option, value, words):
     if option == 'lr':
         train(tree)
     options[option] = value
-    launcher = torchrun(COMMAND, *command_line(**options), cwd=tmp_path)
-    assert launcher.returncode != 0
-    assert launcher.stderr.count(words) == 1
-    assert 'trainECAPAModel.py", line' not in launcher.stderr
+    status, _, errors = run_two(trainECAPAModel.main, command_line(**options), folder=tmp_path)
+    assert status == 2
+    assert errors.count(words) == 1
+    assert 'trainECAPAModel.py", line' not in errors
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('fault', ['--initial_model', 'results.json'])
 def test_an_evaluation_that_cannot_begin_is_refused_once(tree, tmp_path, fault):
     options = {**SMALL, **tree, 'initial_model': str(tmp_path / 'absent.model')}
     if fault == 'results.json':
         Path(tree['save_path']).mkdir()
         Path(tree['save_path'], 'results.json').write_text('{}')
-    launcher = torchrun(COMMAND, '--eval', *command_line(**options), cwd=tmp_path)
-    assert launcher.returncode != 0
-    assert launcher.stderr.count(f'error: {fault}') + launcher.stderr.count(f'/{fault}: ') == 1
-    assert 'trainECAPAModel.py", line' not in launcher.stderr
+    arguments = command_line('--eval', **options)
+    status, _, errors = run_two(trainECAPAModel.main, arguments, folder=tmp_path)
+    assert status == 2
+    assert errors.count(f'error: {fault}') + errors.count(f'/{fault}: ') == 1
+    assert 'trainECAPAModel.py", line' not in errors
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(tree, monkeypatch):
@@ -133,50 +132,41 @@ def test_a_process_alone_may_have_the_variables_of_a_launcher(monkeypatch):
     assert process_count() == 1
 
 
-# Runs the command with other options in one of the processes.
-UNLIKE = """
-import os, sys, time
-from pathlib import Path
-import tools, trainECAPAModel
-
-FACTS = tools.provenance('command')
-arguments = sys.argv[1:]
-if os.environ['RANK'] == '1':
-    exec(Path('unlike.py').read_text())
-trainECAPAModel.main(arguments)
-"""
+def is_second():
+    return os.environ['RANK'] == '1'
 
 
-@pytest.mark.slow
+def train_unlike(arguments):
+    """Trains; the second process has other options, another list and another commit."""
+    if is_second():
+        facts = tools.provenance('command')
+        tools.provenance = lambda command: {**facts, 'commit': 'old'}
+        arguments = [*arguments, '--seed', '77', '--train_list', 'other.txt']
+    trainECAPAModel.main(arguments)
+
+
 def test_processes_that_were_not_started_alike_are_refused_once(tree, tmp_path):
     lines = Path(tree['train_list']).read_text().splitlines(keepends=True)
     (tmp_path / 'other.txt').write_text(''.join(lines[:-2]))
-    (tmp_path / 'two.py').write_text(UNLIKE)
-    (tmp_path / 'unlike.py').write_text(
-        'arguments += ["--seed", "77", "--train_list", "other.txt"]\n'
-        'tools.provenance = lambda command: {**FACTS, "commit": "old"}\n'
-    )
-    launcher = torchrun(tmp_path / 'two.py', *command_line(**SMALL, **tree), cwd=tmp_path)
-    assert launcher.returncode != 0
+    status, _, errors = run_two(train_unlike, command_line(**SMALL, **tree), folder=tmp_path)
+    assert status == 2
     for words in ('--seed: 10 and 77|--seed: 77 and 10', '--train_list: SHA-256', 'commit: '):
-        assert len(re.findall(words, launcher.stderr)) == 1, launcher.stderr
-    assert 'trainECAPAModel.py", line' not in launcher.stderr
+        assert len(re.findall(words, errors)) == 1, errors
+    assert 'trainECAPAModel.py", line' not in errors
     assert not Path(tree['save_path']).exists()
+
+
+def train_and_hang(arguments):
+    """Trains; the second process sleeps in its first step, and the first waits for up to 6 s."""
+    tools.TIMEOUT = 6
+    if is_second():
+        ECAPAModel.train_step = lambda system, audio, labels: time.sleep(1000)
+    trainECAPAModel.main(arguments)
 
 
 @pytest.mark.slow
 def test_a_process_that_hangs_is_noticed(tree, tmp_path):
-    """It sleeps in its first step; the other one waits no longer than the limit, here 8 s."""
-    change = (
-        'import ECAPAModel\n'
-        'ECAPAModel.ECAPAModel.train_step = lambda self, audio, labels: time.sleep(1000)\n'
-    )
-    script = UNLIKE.replace('arguments =', 'tools.TIMEOUT = 8\narguments =')
-    (tmp_path / 'two.py').write_text(script)
-    (tmp_path / 'unlike.py').write_text(change)
-    begin = time.monotonic()
-    launcher = torchrun(tmp_path / 'two.py', *command_line(**SMALL, **tree), cwd=tmp_path)
-    assert time.monotonic() - begin < 100
-    assert launcher.returncode != 0
-    assert launcher.stderr.count('error: another process') == 1, launcher.stderr
-    assert 'trainECAPAModel.py", line' not in launcher.stderr
+    status, _, errors = run_two(train_and_hang, command_line(**SMALL, **tree), folder=tmp_path)
+    assert status == 2
+    assert errors.count('error: another process') == 1, errors
+    assert 'trainECAPAModel.py", line' not in errors
