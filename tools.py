@@ -636,7 +636,8 @@ def end_by_signal(number, resume_hint):
         for path in unfinished_files:
             with contextlib.suppress(OSError):
                 os.remove(path)
-        if socket_folder:
+        # A child process shares the folder of its parent.
+        if socket_folder and multiprocessing.parent_process() is None:
             shutil.rmtree(socket_folder, ignore_errors=True)
         if process_rank() == 0:
             name = 'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'

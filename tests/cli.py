@@ -79,13 +79,18 @@ def start(function, *args, folder, environment=None):
         # The server imports the modules of this repository.
         patch.setenv('PYTHONPATH', os.pathsep.join([str(ROOT), str(ROOT / 'tests')]))
         multiprocessing.forkserver.ensure_running()
-    process = forked.Process(target=enter, args=(function, args, folder, environment or {}))
+    method = multiprocessing.get_start_method()
+    process = forked.Process(target=enter, args=(function, args, folder, environment or {}, method))
     process.start()
     return process
 
 
-def enter(function, args, folder, environment):
-    """Runs a function as a command that the shell has started."""
+def enter(function, args, folder, environment, method):
+    """Runs a function as a command that the shell has started.
+
+    method: how this process starts others; it would otherwise have a server too.
+    """
+    multiprocessing.set_start_method(method, force=True)
     os.setsid()
     os.chdir(folder)
     os.environ.update(environment)

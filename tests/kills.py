@@ -1,20 +1,13 @@
-"""Trains again and again, and is killed at every kind of place; test_resume.py runs this script.
-
-`python tests/kills.py FOLDER KILLS --train_list ...` trains into FOLDER/1, FOLDER/2 and so on.
-A process that has imported everything forks each run, so that a run takes no time to start.
-"""
+"""Trains again and again, and is killed at every kind of place, for test_resume.py."""
 
 import io
-import json
 import os
 import random
 import signal
 import sys
-import time
 
 import torch
-from cli import train
-from conftest import make_system
+from cli import start, train
 
 import dataLoader
 
@@ -68,33 +61,37 @@ def arm(place, last_call):
     setattr(holder, name, armed)
 
 
-def train_in_a_child(options, place, rng):
-    """Trains three epochs in another process, killed at a place, if any.
+def train_until_killed(options, place, call):
+    """Trains three epochs; dies at a call of a place, if one is given."""
+    dataLoader.EVAL_CROP = 4800
+    if PLACES.get(place):
+        arm(PLACES[place][0], call)
+    train(options, max_epoch=3, n_cpu=int(place == 'any time'))
+
+
+def train_once(options, place, rng, folder):
+    """Trains in another process, which is killed at a place, if any.
 
     Returns whether the kill came before the end of the training.
     """
-    function, calls = PLACES.get(place) or (None, 1)
+    _, calls = PLACES.get(place) or (None, 1)
     call = rng.randint(1, calls)
     delay = rng.uniform(0.05, 2)
-    child = os.fork()
-    if child == 0:
-        if function:
-            arm(function, call)
-        train(options, max_epoch=3, n_cpu=int(place == 'any time'))
-        os._exit(0)
-
+    process = start(train_until_killed, options, place, call, folder=folder)
     if place == 'any time':
-        time.sleep(delay)
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        return True
-    assert os.WEXITSTATUS(status) == 0
-    return False
+        process.join(delay)
+        process.kill()
+    process.join(120)
+    assert process.exitcode in (0, -signal.SIGKILL), (folder / 'stderr').read_text()
+    return process.exitcode != 0
 
 
-def train_with_kills(options, folder, kills):
-    """Trains until there were `kills` kills, and the last run has ended; prints a JSON object."""
+def train_with_kills(tree, folder, kills):
+    """Trains into folder/1, folder/2 and so on until there were `kills` kills, and a last run ends.
+
+    Returns the places of the kills, and the number of runs.
+    """
+    folder.mkdir()
     rng = random.Random(0)
     places = []
     number = 1
@@ -103,21 +100,11 @@ def train_with_kills(options, folder, kills):
         place = None
         if len(places) < kills:
             place = list(PLACES)[len(places) % len(PLACES)]
-        options['save_path'] = f'{folder}/{number}'
-        if train_in_a_child(options, place, rng):
+        options = {**tree, 'save_path': str(folder / str(number))}
+        if train_once(options, place, rng, folder):
             places.append(place)
         elif place:
             number += 1
         else:
             ended = True
-    print(json.dumps({'places': places, 'runs': number}))
-
-
-if __name__ == '__main__':
-    torch.set_num_threads(1)
-    dataLoader.EVAL_CROP = 4800
-    # PyTorch imports much of itself for the first optimiser: here, for all that follow.
-    make_system()
-    folder, kills, *arguments = sys.argv[1:]
-    names = [name.removeprefix('--') for name in arguments[::2]]
-    train_with_kills(dict(zip(names, arguments[1::2])), folder, int(kills))
+    return places, number

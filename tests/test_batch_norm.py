@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from benchmark import step_traffic
+from cli import run_two
 from conftest import make_system, portable_system, wave
 
 from model import ENCODERS, BatchNorm, NormOfAll, foreign_batch_norms
@@ -91,10 +92,10 @@ def one_step(precision):
     return gradient, dict(system.named_buffers())
 
 
-def in_one_of_two(rank, folder):
-    """What each of two processes saves in `folder`."""
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', f'file://{folder}/store', rank=rank, world_size=2)
+def save_facts():
+    """What each of two processes saves, as RANK.pt."""
+    dist.init_process_group('gloo')
+    rank = process_rank()
     compiled = torch.compile(norm, backend='aot_eager', fullgraph=True)
     facts = {}
     for dtype in BOUNDS:
@@ -107,7 +108,7 @@ def in_one_of_two(rank, folder):
         BatchNorm(4)(torch.randn(3 + rank, 4, 10))
     except RuntimeError as error:
         facts['refusal'] = str(error)
-    torch.save(facts, f'{folder}/{rank}.pt')
+    torch.save(facts, f'{rank}.pt')
     dist.destroy_process_group()
 
 
@@ -115,7 +116,8 @@ def in_one_of_two(rank, folder):
 def two(tmp_path_factory):
     """What two processes saved."""
     folder = tmp_path_factory.mktemp('two')
-    torch.multiprocessing.spawn(in_one_of_two, (folder,), nprocs=2)
+    status, _, errors = run_two(save_facts, folder=folder)
+    assert status == 0, errors
     return [torch.load(folder / f'{rank}.pt') for rank in range(2)]
 
 

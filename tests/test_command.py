@@ -5,14 +5,12 @@ Training, score.txt, resume, fine-tuning, --eval.
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cli import command_line, refusal
+from cli import command_line, finish, refusal, start
 from conftest import assert_same_run, make_system, weights
 from voices import make_corpus
 
@@ -73,9 +71,10 @@ def number_of_parameters(module):
 
 def test_the_plan_comes_first_and_a_log_has_no_progress_bar(voices, tmp_path):
     arguments = command_line(**SMALL, **voices, max_epoch=1, save_path=tmp_path / 'exp')
-    command = [sys.executable, str(ROOT / 'trainECAPAModel.py'), *arguments]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
-    plan, _, rest = process.stdout.partition('start ')
+    process = start(trainECAPAModel.main, arguments, folder=tmp_path)
+    status, output, errors = finish([process], tmp_path)
+    assert status == 0
+    plan, _, rest = output.partition('start ')
 
     utterances = len(Path(voices['train_list']).read_text().splitlines())
     assert f'6 speakers, {utterances} utterances' in plan
@@ -93,7 +92,7 @@ def test_the_plan_comes_first_and_a_log_has_no_progress_bar(voices, tmp_path):
     assert f'{rirs} RIRs' in plan
 
     assert 'epoch 1, LR 0.001000' in rest
-    assert process.stderr == '', 'progress bars are for terminals'
+    assert errors == '', 'progress bars are for terminals'
 
 
 def test_the_same_command_gives_the_same_run(voices, trained, tmp_path):

@@ -3,22 +3,25 @@
 import errno
 import functools
 import io
+import multiprocessing
 import os
 import resource
-import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cli import SMALL, command_line
+import torch
+from cli import SMALL, command_line, finish, start
 from conftest import make_system, wave, write_wav
 
 import tools
+import trainECAPAModel
 from dataLoader import (
     can_start_processes,
     make_batches,
@@ -34,39 +37,35 @@ ROOT = Path(__file__).parents[1]
 # Signals.
 
 
-def run_python(script, **options):
-    """Runs a script in another process; returns the finished process."""
-    return subprocess.run(
-        [sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, **options
-    )
+class Interrupted:
+    """Sends a signal to this process when it is destroyed."""
 
+    def __init__(self, number):
+        self.number = number
 
-@pytest.mark.parametrize('number, status', [('SIGTERM', 143), ('SIGINT', 130)])
-def test_a_signal_in_a_destructor_ends_the_command(tmp_path, number, status):
-    """Python drops an exception there. A file that is being written is removed."""
-    script = f"""
-import os, signal, tools
-
-class Watched:
     def __del__(self):
-        os.kill(os.getpid(), signal.{number})
+        os.kill(os.getpid(), self.number)
         for _ in range(1000):
             pass
 
-def write(file):
-    file.write(b'half')
 
-tools.os.fsync = lambda descriptor: Watched()
-signal.signal(signal.SIGINT, signal.default_int_handler)
-with tools.exit_on_bad_input(lambda: ': go on like this'):
-    tools.write_whole({str(tmp_path / 'a.txt')!r}, write)
-    print('went on')
-"""
-    done = run_python(script)
-    assert done.returncode == status
-    assert done.stdout == ''
-    assert done.stderr.endswith(': go on like this\n') and done.stderr.count('\n') == 2
-    assert os.listdir(tmp_path) == []
+def write_with_a_signal(number):
+    """Writes a file; the signal arrives in a destructor."""
+    tools.os.fsync = lambda descriptor: Interrupted(number)
+    with tools.exit_on_bad_input(lambda: ': go on like this'):
+        tools.write_whole('a.txt', lambda file: file.write(b'half'))
+        print('went on')
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_a_destructor_ends_the_command(tmp_path, number):
+    """Python drops an exception there. A file that is being written is removed."""
+    process = start(write_with_a_signal, number, folder=tmp_path)
+    status, output, errors = finish([process], tmp_path)
+    assert status == 128 + number
+    assert output == ''
+    assert errors.endswith(': go on like this\n') and errors.count('\n') == 2
+    assert sorted(os.listdir(tmp_path)) == ['stderr', 'stdout']
 
 
 def test_a_notebook_and_a_thread_keep_their_handlers(monkeypatch):
@@ -170,18 +169,19 @@ def test_more_files_than_a_process_may_open_are_embedded(tmp_path, short_crops):
     np.testing.assert_allclose(embeddings[3:4], system.embed_files(files[3:4]), atol=1e-6)
 
 
+def print_sum():
+    # The folder in the environment is that of this process only if nothing was kept.
+    tempfile.tempdir = None
+    multiprocessing.current_process()._config.pop('tempdir', None)
+    print(sum(parallel_map(torch.tensor, range(8), 2)))
+
+
 def test_a_long_path_of_temporary_files_works(tmp_path):
     """Sockets have short names only."""
     folder = tmp_path / ('x' * 100)
     folder.mkdir()
-    script = (
-        'import torch\n'
-        'from dataLoader import parallel_map\n'
-        'print(sum(parallel_map(torch.tensor, range(8), 2)))\n'
-    )
-    done = run_python(script, env={**os.environ, 'TMPDIR': str(folder)}, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == 'tensor(28)\n'
+    process = start(print_sum, folder=tmp_path, environment={'TMPDIR': str(folder)})
+    assert finish([process], tmp_path) == (0, 'tensor(28)\n', '')
 
 
 def test_without_semaphores_the_command_reads_by_itself(monkeypatch, capsys):
@@ -208,23 +208,63 @@ def test_the_number_of_helpers_is_bounded(tree):
 # Streams.
 
 
-@pytest.mark.parametrize('stream, status', [('closed pipe', 141), ('/dev/full', 2), ('>&-', 0)])
-def test_a_script_whose_output_goes_away_is_quiet(stream, status):
-    command = f'{sys.executable} -m exps.compare exps/pretrain_score.txt'
-    redirection = {'closed pipe': '| true; exit ${PIPESTATUS[0]}', '/dev/full': '> /dev/full'}
-    command = f'{command} {redirection.get(stream, stream)}'
-    done = subprocess.run(['bash', '-c', command], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == status
-    assert 'Traceback' not in done.stderr and 'Exception ignored' not in done.stderr
-    assert bool(done.stderr) == (status == 2)
+# Forks a process for each stream, which ends as Python does. Prints their exit statuses.
+SCRIPT_WITH_STREAMS = """
+import os, sys
+from exps import compare
+
+statuses = []
+for stream in ('closed pipe', '/dev/full', 'closed'):
+    child = os.fork()
+    if child == 0:
+        if stream == 'closed pipe':
+            reading, writing = os.pipe()
+            os.close(reading)
+            os.dup2(writing, 1)
+        elif stream == 'closed':
+            os.close(1)
+            sys.stdout = None  # as Python does if it starts without one
+        else:
+            os.dup2(os.open(stream, os.O_WRONLY), 1)
+        print(f'{stream}:', file=sys.stderr)
+        compare.main(['exps/pretrain_score.txt'])
+        sys.exit(0)
+    _, status = os.waitpid(child, 0)
+    statuses.append(os.waitstatus_to_exitcode(status))
+print(statuses)
+"""
 
 
-@pytest.mark.parametrize('redirection', ['> /dev/full 2>&1', '>&- 2>&-', '2>&1 | true'])
-def test_a_log_that_cannot_be_written_does_not_end_a_training(tree, redirection):
-    options = command_line(**{**SMALL, **tree})
-    command = shlex.join([sys.executable, 'trainECAPAModel.py', *options])
-    command = f'{command} {redirection}; exit ${{PIPESTATUS[0]}}'
-    assert subprocess.run(['bash', '-c', command], cwd=ROOT).returncode == 0
+def test_a_script_whose_output_goes_away_is_quiet():
+    command = [sys.executable, '-c', SCRIPT_WITH_STREAMS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == '[141, 2, 0]\n', done.stderr
+    first, second, message, third = done.stderr.splitlines()
+    assert (first, second, third) == ('closed pipe:', '/dev/full:', 'closed:')
+    assert message.startswith('error: ')
+
+
+def train_without(streams, arguments):
+    """Trains with a standard output and error that cannot be written."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    target = writing
+    if streams == 'full':
+        target = os.open('/dev/full', os.O_WRONLY)
+    for number, name in ((1, 'stdout'), (2, 'stderr')):
+        os.dup2(target, number)
+        setattr(sys, name, open(number, 'w', closefd=False))
+        if streams == 'closed':
+            os.close(number)
+            setattr(sys, name, None)  # as Python does if it starts without one
+    trainECAPAModel.main(arguments)
+
+
+@pytest.mark.parametrize('streams', ['full', 'closed', 'a pipe that nobody reads'])
+def test_a_log_that_cannot_be_written_does_not_end_a_training(tree, tmp_path, streams):
+    arguments = command_line(**{**SMALL, **tree})
+    process = start(train_without, streams, arguments, folder=tmp_path)
+    assert finish([process], tmp_path)[0] == 0
     assert Path(tree['save_path'], 'model/model_0001.model').exists()
 
 

@@ -1,16 +1,16 @@
 """Two processes train as one does: same epoch, gradients and evaluation, files written once."""
 
 import os
-import sys
 from pathlib import Path
 
 import cli
 import numpy as np
 import pytest
 import torch
-from cli import command_line, torchrun
+from cli import command_line, run_two, torchrun
 from conftest import make_system, weights
 
+import dataLoader
 import trainECAPAModel
 from dataLoader import make_batches, train_loader
 from tools import process_count, process_rank, read_scores, sum_over_processes
@@ -20,10 +20,10 @@ COMMAND = ROOT / 'trainECAPAModel.py'
 SMALL = {**cli.SMALL, 'n_cpu': 1, 'max_epoch': 2}
 
 
-def in_two_processes(options, folder):
-    """What each process saves in `folder`; runs under torchrun, at the end of this file."""
+def save_part_of_training(options):
+    """Saves what this one of two processes computes, as RANK.pt."""
     torch.distributed.init_process_group('gloo')
-    torch.save(part_of_training(options), f'{folder}/{process_rank()}.pt')
+    torch.save(part_of_training(options), f'{process_rank()}.pt')
     torch.distributed.destroy_process_group()
 
 
@@ -68,10 +68,9 @@ def part_of_training(options):
     }
 
 
-@pytest.mark.slow
 def test_two_processes_share_an_epoch_and_agree(tree, tmp_path):
-    launcher = torchrun(__file__, str(tmp_path), *command_line(**tree), cwd=tmp_path)
-    assert launcher.returncode == 0, launcher.stderr
+    status, _, errors = run_two(save_part_of_training, tree, folder=tmp_path)
+    assert status == 0, errors
     first = torch.load(tmp_path / '0.pt')
     second = torch.load(tmp_path / '1.pt')
     alone = part_of_training(tree)
@@ -109,14 +108,10 @@ def table_of_figures(output):
     return output[output.index('EER') :]
 
 
-@pytest.mark.slow
-def test_the_command_under_torchrun(tree, tmp_path, monkeypatch, capsys):
-    launcher = torchrun(COMMAND, *command_line(**SMALL, **tree), cwd=tmp_path)
-    assert launcher.returncode == 0, launcher.stderr
-    assert '2 processes on cpu' in launcher.stdout
+def assert_two_epochs(tree, output):
+    """A training of two epochs by two processes is there, and each line was printed once."""
     for line in ('start         from random weights', 'epoch 2, LR', 'epochs are done'):
-        assert launcher.stdout.count(line) == 1
-
+        assert output.count(line) == 1
     folder = Path(tree['save_path'])
     assert [score[0] for score in read_scores(folder / 'score.txt')] == [1, 2]
     assert sorted(os.listdir(folder / 'model')) == [
@@ -125,7 +120,18 @@ def test_the_command_under_torchrun(tree, tmp_path, monkeypatch, capsys):
         'model_0002.model',
         'model_0002.state',
     ]
+    weights(folder / 'model/model_0002.model')
 
+
+def test_the_command_in_two_processes(tree, tmp_path, monkeypatch, capsys):
+    arguments = command_line(**SMALL, **tree)
+    status, output, errors = run_two(trainECAPAModel.main, arguments, folder=tmp_path)
+    assert status == 0, errors
+    assert output.count('2 processes on cpu') == 1
+    assert_two_epochs(tree, output)
+    (tmp_path / 'stdout').unlink()
+
+    folder = Path(tree['save_path'])
     arguments = command_line(
         '--eval',
         initial_model=folder / 'model/model_0002.model',
@@ -133,15 +139,15 @@ def test_the_command_under_torchrun(tree, tmp_path, monkeypatch, capsys):
         eval_list=tree['eval_list'],
         eval_path=tree['eval_path'],
     )
-    launcher = torchrun(COMMAND, *arguments, cwd=tmp_path)
+    status, output, errors = run_two(trainECAPAModel.main, arguments, folder=tmp_path)
+    assert status == 0, errors
     monkeypatch.chdir(tmp_path)
     trainECAPAModel.main(arguments)
-    alone = capsys.readouterr().out
-    assert table_of_figures(launcher.stdout) == table_of_figures(alone)
+    assert table_of_figures(output) == table_of_figures(capsys.readouterr().out)
 
 
 @pytest.mark.slow
-def test_a_restarted_job_goes_on_after_the_last_checkpoint(tree, tmp_path):
+def test_a_job_of_torchrun_that_is_restarted_goes_on_after_the_last_checkpoint(tree, tmp_path):
     """One of the two processes is killed after the first epoch; torchrun starts both again."""
     script = tmp_path / 'killed.py'
     script.write_text(
@@ -159,37 +165,31 @@ def test_a_restarted_job_goes_on_after_the_last_checkpoint(tree, tmp_path):
     launcher = torchrun(script, *command_line(**SMALL, **tree), restarts=1, cwd=tmp_path)
     assert launcher.returncode == 0, launcher.stderr
     assert 'after epoch 1' in launcher.stdout
-    assert [score[0] for score in read_scores(tree['save_path'] + '/score.txt')] == [1, 2]
-    weights(tree['save_path'] + '/model/model_0002.model')
+    assert_two_epochs(tree, launcher.stdout)
 
 
-@pytest.mark.slow
+def check_and_note(arguments):
+    """Runs the command, and notes in read.txt each file that is read."""
+    read_audio = dataLoader.read_audio
+
+    def watched(path, *args, **kwargs):
+        with open('read.txt', 'a') as file:
+            file.write(f'{path}\n')
+        return read_audio(path, *args, **kwargs)
+
+    dataLoader.read_audio = watched
+    dataLoader.read_noise = lambda path: watched(path, silent_ok=True)
+    trainECAPAModel.main(arguments)
+
+
 def test_a_check_goes_through_the_files_once(tree, tmp_path):
     """In the first of two processes: every file of the training list is read one time."""
-    script = tmp_path / 'watched.py'
-    script.write_text(
-        'import dataLoader, trainECAPAModel\n'
-        'read_audio = dataLoader.read_audio\n'
-        'def watched(path, *args, **kwargs):\n'
-        '    with open("read.txt", "a") as file:\n'
-        '        file.write(f"{path}\\n")\n'
-        '    return read_audio(path, *args, **kwargs)\n'
-        'dataLoader.read_audio = watched\n'
-        'dataLoader.read_noise = lambda path: watched(path, silent_ok=True)\n'
-        'trainECAPAModel.main()\n'
-    )
-    options = dict(SMALL, n_cpu=0)
-    launcher = torchrun(script, '--check', *command_line(**options, **tree), cwd=tmp_path)
-    assert launcher.returncode == 0, launcher.stderr
-    assert launcher.stdout.count('check passed') == 1
+    arguments = command_line('--check', **{**SMALL, **tree, 'n_cpu': 0})
+    status, output, errors = run_two(check_and_note, arguments, folder=tmp_path)
+    assert status == 0, errors
+    assert output.count('check passed') == 1
 
     paths = (tmp_path / 'read.txt').read_text().splitlines()
     for folder in ('train_path', 'eval_path', 'musan_path', 'rir_path'):
         files = sorted(str(path) for path in Path(tree[folder]).rglob('*.wav'))
         assert sorted(path for path in paths if path.startswith(tree[folder])) == files
-
-
-if __name__ == '__main__':
-    folder, *arguments = sys.argv[1:]
-    names = [argument.removeprefix('--') for argument in arguments[::2]]
-    in_two_processes(dict(zip(names, arguments[1::2])), folder)

@@ -1,19 +1,18 @@
 """Does the same command continue a run exactly, and what does it refuse to continue?"""
 
 import errno
-import json
 import os
 import re
 import shutil
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cli import SMALL, command_line, refusal, train
+from cli import SMALL, command_line, refusal, start, train
 from conftest import assert_same_run
+from kills import PLACES, train_with_kills
 
 import trainECAPAModel
 from ECAPAModel import ECAPAModel, newest_checkpoint, saved_models
@@ -39,20 +38,12 @@ def epochs(tree):
 
 
 @pytest.mark.slow
-def test_twenty_kills_change_nothing(tree, tmp_path):
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
-
-    def train_with_kills(folder, kills):
-        command = [sys.executable, str(ROOT / 'tests/kills.py'), str(folder), str(kills)]
-        command += command_line(**tree)
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
-
-    killed = train_with_kills(tmp_path / 'killed', 20)
-    assert len(killed['places']) == 20 and len(set(killed['places'])) == 8
-    train_with_kills(tmp_path / 'straight', 0)
-    for number in range(1, killed['runs'] + 1):
+def test_sixteen_kills_change_nothing(tree, tmp_path):
+    """Two at each of eight kinds of places."""
+    places, runs = train_with_kills(tree, tmp_path / 'killed', 16)
+    assert sorted(places) == sorted(2 * list(PLACES))
+    train_with_kills(tree, tmp_path / 'straight', 0)
+    for number in range(1, runs + 1):
         assert_same_run(tmp_path / 'straight/1', tmp_path / f'killed/{number}')
         assert not list((tmp_path / f'killed/{number}').rglob('*.part'))
 
@@ -370,18 +361,17 @@ def test_a_score_that_is_no_number_is_named_by_its_line(tmp_path):
 # A folder in use.
 
 
-def test_a_second_run_is_refused(tree, capsys):
+def test_a_second_run_is_refused(tree, tmp_path, capsys):
     """The test of the kills shows that the lock of a dead process is taken over."""
-    command = [sys.executable, str(ROOT / 'trainECAPAModel.py')]
-    command += command_line(**{**SMALL, **tree, 'max_epoch': 1000000})
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    options = {**SMALL, **tree, 'max_epoch': 1000000}
+    first = start(trainECAPAModel.main, command_line(**options), folder=tmp_path)
     try:
-        for line in first.stdout:
-            if ' epoch 1,' in line:
-                break
+        while not Path(tree['save_path'], 'score.txt').exists():
+            assert first.is_alive()
+            time.sleep(0.01)
         message = refusal(capsys, train, tree)
         assert tree['save_path'] in message
         assert f'{first.pid}' in message and os.uname().nodename in message
     finally:
         first.kill()
-        first.communicate()
+        first.join()

@@ -1,50 +1,41 @@
 """What do Ctrl-C and SIGTERM do, at any moment?"""
 
 import contextlib
-import multiprocessing
 import os
 import random
-import select
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
-from cli import SMALL, command_line
+from cli import SMALL, command_line, finish, start
 from conftest import make_system
 
 import tools
+import trainECAPAModel
 from dataLoader import make_batches, parallel_map, train_loader
 from ECAPAModel import saved_models
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('whom', ['process', 'group', 'helpers first'])
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_at_any_moment_of_a_training_says_where_it_continues(tree, whom, number):
+def test_a_signal_at_any_moment_of_a_training_says_where_it_continues(
+    tree, tmp_path, few_trials, whom, number
+):
     """Also between epochs, while helpers start and end, and before the first step."""
     options = {**SMALL, **tree, 'max_epoch': 1000000, 'n_cpu': 2, 'keep': 2}
-    command = [sys.executable, str(ROOT / 'trainECAPAModel.py'), *command_line(**options)]
     # Other moments for each signal and receiver.
     rng = random.Random(f'{number} {whom}')
-    for _ in range(2):
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            # Whatever runs the tests in the background may have Ctrl-C ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
-        assert process.stdout.readline().startswith('command')
-        time.sleep(rng.uniform(0, 6))
+    for most in (0.5, 2, 2):
+        process = start(trainECAPAModel.main, command_line(**options), folder=tmp_path)
+        log = tmp_path / 'stdout'
+        while not (log.exists() and log.read_text().startswith('command')):
+            assert process.is_alive()
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, most))
         if whom == 'process':
-            process.send_signal(number)
+            os.kill(process.pid, number)
         elif whom == 'group':
             os.killpg(process.pid, number)
         else:
@@ -52,14 +43,16 @@ def test_a_signal_at_any_moment_of_a_training_says_where_it_continues(tree, whom
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(helper, number)
             time.sleep(0.01)
-            process.send_signal(number)
-        _, message = process.communicate(timeout=60)
+            os.kill(process.pid, number)
+        status, _, message = finish([process], tmp_path, timeout=60)
 
-        assert process.returncode == 128 + number, message
+        assert status == 128 + number, message
         name = 'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'
         saved = max(saved_models(tree['save_path'] + '/model').values(), default=0)
         expected = f'stopped by {name}: the same command continues after epoch {saved}, the last '
         assert message.splitlines() == ['', f'{expected}saved']
+        for stream in ('stdout', 'stderr'):
+            (tmp_path / stream).unlink()
 
 
 def children_of(pid):
@@ -68,10 +61,8 @@ def children_of(pid):
     return [int(word) for word in listing.stdout.split()]
 
 
-def start_helpers(number, writing):
+def start_helpers(number):
     """Starts two loading processes, and gets a signal while the first one is being forked."""
-    os.setsid()
-    os.dup2(writing, 2)
     fork = os.fork
 
     def fork_and_signal():
@@ -88,29 +79,25 @@ def start_helpers(number, writing):
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_no_helper_outlives_a_command_that_is_stopped_while_helpers_start(number):
+def test_no_helper_outlives_a_command_that_is_stopped_while_helpers_start(tmp_path, number):
     """A helper that did so kept the command's streams open, and their reader waited for ever."""
-    reading, writing = os.pipe()
-    fork = multiprocessing.get_context('fork')
-    command = fork.Process(target=start_helpers, args=(number, writing))
-    command.start()
-    os.close(writing)
-    try:
-        message = b''
-        while select.select([reading], [], [], 20)[0]:
-            part = os.read(reading, 1000)
-            if not part:
-                break
-            message += part
-        else:
-            pytest.fail('a helper is still there')
-    finally:
-        os.close(reading)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(command.pid, signal.SIGKILL)
-    command.join()
+    command = start(start_helpers, number, folder=tmp_path)
+    command.join(20)
+    assert command.exitcode is not None
+    deadline = time.monotonic() + 4  # PyTorch's helpers look for their parent every 5 s
+    while time.monotonic() < deadline and running_in_group(command.pid):
+        time.sleep(0.05)
+    assert running_in_group(command.pid) == []
     name = {signal.SIGINT: 'Ctrl-C', signal.SIGTERM: 'SIGTERM'}.get(number)
-    assert message.decode() == (f'\nstopped by {name}\n' if name else '')
+    message = (tmp_path / 'stderr').read_text()
+    assert message == (f'\nstopped by {name}\n' if name else '')
+
+
+def running_in_group(group):
+    """The numbers of the processes of a group that have not ended."""
+    listing = subprocess.run(['ps', '-o', 'pid=,stat=', '-g', str(group)], capture_output=True)
+    rows = [line.split() for line in listing.stdout.decode().splitlines()]
+    return [int(pid) for pid, state in rows if not state.startswith('Z')]
 
 
 def test_an_interrupt_is_obeyed_while_a_batch_is_awaited(tree):
