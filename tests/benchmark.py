@@ -96,12 +96,15 @@ def timed(function, items, device=None, repeats=1):
     return measure
 
 
+MOST_TURNS = 7
+
+
 def compare(what, unit, slow, fast, least=3, work=None, **cells):
     """Row of two functions that return their seconds per item, plain and ours.
 
-    They take 7 turns, or fewer once 4 s are over. least: fewest turns; work: (operations per item,
-    function that returns the seconds of one in a matrix product, which then takes its turn too),
-    for a note.
+    They take MOST_TURNS turns, or fewer once 4 s are over. least: fewest turns; work: (operations
+    per item, function that returns the seconds of one in a matrix product, which then takes its
+    turn too), for a note.
     """
     if work:
         operations, product = work
@@ -109,7 +112,7 @@ def compare(what, unit, slow, fast, least=3, work=None, **cells):
     turns = []
     products = []
     begin = time.perf_counter()
-    while len(turns) < least or (len(turns) < 7 and time.perf_counter() - begin < 4):
+    while len(turns) < least or (len(turns) < MOST_TURNS and time.perf_counter() - begin < 4):
         turns.append((slow(), fast()))
         if work:
             products.append(product())
@@ -483,10 +486,13 @@ def step_traffic(side, C, batch_size, precision, processes=1):
 
 def traffic_rows(options, folder):
     """At the size of a GPU, on any machine; for one GPU, and for one of several."""
-    C = 16 if options.quick else 1024
-    batch_size = 16 if options.quick else 400
+    C = 8 if options.quick else 1024
+    batch_size = 8 if options.quick else 400
+    # Counting takes as long at every size.
+    precisions = ('bf16',) if options.quick else ('fp32', 'bf16')
+    several = (2,) if options.quick else (2, 8)
     plain_kernels, plain_size = step_traffic('plain', C, batch_size, 'fp32')
-    for precision in ('fp32', 'bf16'):
+    for precision in precisions:
         kernels, size = step_traffic('ours', C, batch_size, precision)
         yield Row(
             what=f'traffic of a step, {precision}, C={C}, batch {batch_size}',
@@ -495,7 +501,7 @@ def traffic_rows(options, folder):
             ratio=f'{plain_size / size:.2f}',
             note='counted, not timed; plain is in float32, without SpecAugment',
         )
-    for precision, processes in itertools.product(('fp32', 'bf16'), (2, 8)):
+    for precision, processes in itertools.product(precisions, several):
         part = batch_size // processes
         kernels, size = step_traffic('ours', C, part, precision, processes)
         kernels_alone, size_alone = step_traffic('ours', C, part, precision)
@@ -568,14 +574,22 @@ def distance_row(what, differences):
 # pipeline: from files to optimiser steps, as in training.
 
 
+def pipeline_sizes(options):
+    """Returns (channels, utterances of a batch, utterances that are written)."""
+    if options.device.type == 'cuda':
+        return 1024, 400, 4000
+    if options.quick:
+        return 8, 4, 8
+    return 64, 16, 32
+
+
 def pipeline_rows(options, folder):
     """Training on 8 s files, with every processor loading; on a GPU in bfloat16, compiled."""
     device = options.device
     cuda = device.type == 'cuda'
-    size = 400 if cuda else 16
-    C = 1024 if cuda else 64
+    C, size, utterances = pipeline_sizes(options)
     precision = 'bf16' if cuda and has_bfloat16(device) else 'fp32'
-    make_corpus(folder, utterances=4000 if cuda else 32, minutes=3 if cuda else 1)
+    make_corpus(folder, utterances=utterances, minutes=3 if cuda else 1)
 
     # On a GPU files are listed several times, so that every worker has many batches to make.
     lines = (folder / 'train.txt').read_text()
@@ -606,8 +620,7 @@ def pipeline_rows(options, folder):
     plain = timed(plain_epoch, len(plain_batches) * size, device)
     ours = timed(partial(epoch, batches, step), len(batches) * size, device)
     ours()  # starts the workers and, on a GPU, compiles
-    what = f'pipeline, C={C}, batch {size}, {default_n_cpu()} workers'
-    yield compare(what, 'utt/s', plain, ours, least=2)
+    yield compare(f'pipeline, C={C}, batch {size}', 'utt/s', plain, ours, least=2)
 
 
 # evaluation: from files to scores.
@@ -649,17 +662,19 @@ def evaluation_rows(options, folder):
     """
     device = options.device
     cuda = device.type == 'cuda'
+    C = 128
+    count = 20
     if cuda:
         C = 1024
         count = 2000
-    else:
-        C = 128
-        count = 12 if options.quick else 20
+    elif options.quick:
+        C = 8
+        count = 12
     trials, audio, files = trial_list(folder, count)
 
     system = make_system(C, device, 204, n_cpu=default_n_cpu() if cuda else 0)
     checkpoint = SHARED / 'golden' / 'ecapa_c128.model'
-    if checkpoint.is_file() and not cuda:
+    if checkpoint.is_file() and C == 128:
         system.load_parameters(str(checkpoint))
     encoder = PlainECAPA(C).to(device)
     encoder.load_state_dict(system.speaker_encoder.state_dict())

@@ -107,14 +107,16 @@ def shuffle_labels(train_list, path):
 
 
 @pytest.mark.slow
-def test_training_learns_the_voice(tmp_path, capsys, short_crops):
+def test_training_learns_the_voice(tmp_path, capsys, monkeypatch, short_crops):
     """The EER on new voices: trained, untrained, and trained on shuffled labels.
 
-    On one machine these were 10.9, 39.1 and 35.4 %. The bounds leave room for other processors,
+    On one machine these were 15.2, 40.1 and 37.2 %. The bounds leave room for other processors,
     which round differently and so train another network.
     """
     corpus = tmp_path / 'corpus'
-    voices.make_corpus(corpus, train_speakers=20, test_speakers=8, utterances=8, seconds=2.5)
+    fewer = {category: (sound, 6) for category, (sound, _) in voices.CLIPS.items()}
+    monkeypatch.setattr(voices, 'CLIPS', fewer)
+    voices.make_corpus(corpus, train_speakers=20, test_speakers=8, utterances=8, seconds=2.0)
     train_list = corpus / 'VoxCeleb2/train_list.txt'
     shuffled = tmp_path / 'shuffled.txt'
     shuffle_labels(train_list, shuffled)
@@ -132,7 +134,7 @@ def test_training_learns_the_voice(tmp_path, capsys, short_crops):
             musan_path=corpus / 'musan_split',
             rir_path=corpus / 'simulated_rirs',
             save_path=folder,
-            C=64,
+            C=32,
             num_frames=100,
             batch_size=16,
             max_epoch=8,
@@ -149,7 +151,7 @@ def test_training_learns_the_voice(tmp_path, capsys, short_crops):
 
     torch.manual_seed(0)
     model = tmp_path / 'untrained.model'
-    make_system(64).save_parameters(model)
+    make_system(32).save_parameters(model)
     capsys.readouterr()
     arguments = command_line(
         '--eval', initial_model=model, save_path=tmp_path / 'untrained', device='cpu', **trials

@@ -197,37 +197,6 @@ def excludes(interval, value):
     return not interval[0] <= value <= interval[1]
 
 
-@pytest.mark.parametrize('speakers', [6, 20, 40])
-def test_intervals_hold_the_truth(speakers):
-    """Plain percentiles hold a minDCF(0.01) in 70 % of corpora, an EER of 6 speakers in 81 %."""
-    random = np.random.default_rng(speakers)
-    truth = true_figures()
-    corpora = 60
-    held = dict.fromkeys(FIGURES, 0)
-    for seed in range(corpora):
-        scores, labels, pairs = simulate(random, speakers)
-        draws = draw_speakers(speakers, replicates=60, seed=seed)
-        replicates = replicate_figures(scores, labels, pairs, draws)
-        values = dict(zip(FIGURES, values_of(scores, labels)))
-        for name, interval in intervals_of(values, replicates, 3000, speakers).items():
-            held[name] += not excludes(interval, truth[name])
-    # With 90 % or more, a corpus in a thousand such tests would have fewer.
-    fewest = scipy.stats.binom.ppf(0.001, corpora, 0.9)
-    assert min(held.values()) >= fewest, held
-
-
-@pytest.mark.parametrize('speakers', [10, 20, 40])
-def test_equal_systems_are_seldom_told_apart(speakers):
-    random = np.random.default_rng(speakers)
-    corpora = 30
-    apart = dict.fromkeys(FIGURES, 0)
-    for _ in range(corpora):
-        one, other = sample_two(random, speakers, replicates=100)
-        for name, interval in compare.difference_intervals(one, other).items():
-            apart[name] += excludes(interval, 0)
-    assert max(apart.values()) <= scipy.stats.binom.ppf(0.999, corpora, 0.05), apart
-
-
 def test_a_better_system_is_told_apart():
     random = np.random.default_rng(0)
     for _ in range(5):
@@ -245,7 +214,7 @@ def test_intervals_are_as_true_as_the_manual_says(capsys):
     """
     corpora = 80
     for speakers in (6, 10, 20, 40):
-        held, apart = measure_coverage(speakers, corpora, replicates=200)
+        held, apart = measure_coverage(speakers, corpora, replicates=100)
         with capsys.disabled():
             print(f'\n{speakers} speakers, %: truth held {held}, equal systems apart {apart}')
         assert min(held[name] for name in FIGURES) >= 90 - 3 * np.sqrt(90 * 10 / corpora)
