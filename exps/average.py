@@ -84,15 +84,18 @@ def newest(folder, count):
 def half_precision(weights, path):
     """Returns a state dict, read from `path`, with the matrices of all layers in float16.
 
-    The rest stays in float32, as it is small: mel filters, which are the same in every model, and
-    vectors, such as the variances of batch norms, which may be outside of float16's range.
+    Vectors stay in float32: they are small, and the variances of batch norms may be outside of
+    float16's range. Filters and counters are left out, as they are the same in every model.
     """
-    parameters = dict(model_of(weights, path, device='cpu').named_parameters())
-    rounded = {}
+    system = model_of(weights, path, device='cpu')
+    parameters = dict(system.named_parameters())
+    smaller = {}
     for name, tensor in weights.items():
-        is_matrix = name in parameters and tensor.ndim > 1
-        rounded[name] = tensor.half() if is_matrix else tensor
-    return rounded
+        if name in parameters:
+            smaller[name] = tensor.half() if tensor.ndim > 1 else tensor
+        elif name.endswith(('running_mean', 'running_var')):
+            smaller[name] = tensor
+    return smaller
 
 
 def tensor_specs(weights):
