@@ -45,6 +45,7 @@ from exps.scoring import (
     read_list_scores,
     read_results,
     replicate_figures,
+    scores_path,
     table,
 )
 from tools import (
@@ -306,16 +307,27 @@ def find_baseline(wanted, experiments, groups):
 
 
 def read_runs(experiment):
-    """Reads the scores that --eval wrote for each list of an experiment: [Run]."""
+    """Reads the scores that --eval wrote for each list of an experiment: [Run].
+
+    Prints a note about lists without scores, as in exps/open: their figures are known, but cannot
+    be compared.
+    """
     runs = []
+    without_scores = []
     for path, entry in experiment.lists.items():
         if 'sha256' not in entry:
             continue  # of the published experiment there are only figures
+        if not os.path.exists(scores_path(experiment.folder, entry['scores'])):
+            without_scores.append(path)
+            continue
         run = Run(path, entry, *read_list_scores(experiment.folder, path, entry))
         for kind, scores in run.scores.items():
             if scores.min() == scores.max():
                 note(f'{experiment.folder}: {path}: all {kind} scores are equal; they tell nothing')
         runs.append(run)
+    if without_scores:
+        lists = ', '.join(without_scores)
+        note(f'{experiment.folder}: not compared, as there are no scores: {lists}')
     return runs
 
 

@@ -79,3 +79,14 @@ def test_comparing_other_files_is_refused(experiment, tmp_path, capsys):
         (experiment / 'scores/hard.txt').write_text(text)
         arguments = [str(experiment / 'score.txt'), '--out', str(tmp_path)]
         assert file in refusal(capsys, compare.main, arguments)
+
+
+def test_lists_without_scores_are_shown_but_not_compared(experiment, tmp_path, capsys):
+    """As in exps/open, where the scores are left out because of their size."""
+    (experiment / 'scores/hard.txt').unlink()
+    compare.main([str(experiment / 'score.txt'), '--out', str(tmp_path)])
+    shown = capsys.readouterr()
+    record = json.loads((experiment / 'results.json').read_text())
+    eer = record['lists']['lists/hard.txt']['figures']['raw']['EER']['value']
+    assert f'{eer:.2f}%' in shown.out
+    assert 'lists/hard.txt' in shown.err
