@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from cli import command_line  # noqa: F401
 
 from ECAPAModel import ECAPAModel, read_checkpoint
 
@@ -175,6 +174,17 @@ def trial_lines(names):
             if a < b:
                 lines.append(f'{int(a[:3] == b[:3])} {a} {b}\n')
     return ''.join(lines)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Folder of five speakers' recordings, four of each, and a list of all their trials."""
+    names = [f'id{speaker}/a/{number}.wav' for speaker in range(5) for number in range(4)]
+    for number, name in enumerate(names):
+        audio = wave(number // 4, 40000 + 500 * number)[100 * number :]
+        write_wav(tmp_path / 'corpus/audio' / name, audio, subtype='PCM_16')
+    (tmp_path / 'corpus/trials.txt').write_text(trial_lines(names))
+    return tmp_path / 'corpus'
 
 
 @pytest.fixture
