@@ -4,17 +4,17 @@ import json
 import re
 from pathlib import Path
 
+import cli
 import numpy as np
 import plain
 import pytest
 import scipy.optimize
 import scipy.stats
 import torch
-from cli import command_line, refusal
+from cli import refusal
 from conftest import make_system, trial_lines, wave, write_wav
 
 import tools
-import trainECAPAModel
 from exps import compare, scoring
 from exps.scoring import (
     difference_interval,
@@ -275,8 +275,7 @@ def six(tmp_path, short_crops):
 
 
 def evaluate(six, model, save_path, **options):
-    options = {**six, 'initial_model': model, 'save_path': save_path, **options}
-    trainECAPAModel.main(command_line('--eval', device='cpu', n_cpu=0, **options))
+    cli.evaluate({**six, 'save_path': save_path}, model, **options)
 
 
 def trials_of(folder):

@@ -80,19 +80,6 @@ def test_a_single_speaker_is_said(separate, capsys):
     assert '--train_list' in warning and 'id0' in warning
 
 
-def test_windows_line_ends_and_blank_lines_are_no_part_of_a_list(separate, tmp_path):
-    def read(path):
-        dataset = train_loader(
-            path, separate['train_path'], separate['musan_path'], separate['rir_path'], 20
-        )
-        return dataset.speakers, dataset.labels.tolist(), list(dataset.names)
-
-    content = Path(separate['train_list']).read_bytes()
-    other = tmp_path / 'windows.txt'
-    other.write_bytes(content.replace(b'\n', b'\r\n') + b'\r\n\n  \n')
-    assert read(other) == read(separate['train_list'])
-
-
 # Training lists and trials.
 
 
