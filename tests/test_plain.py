@@ -305,16 +305,6 @@ def test_no_noise_file_stays_open(tmp_path):
     assert len(os.listdir('/proc/self/fd')) == before
 
 
-@pytest.mark.slow
-def test_fork_and_spawn_give_the_same_batches(tree):
-    dataset = train_loader(**tree, num_frames=50, seed=3)
-    batches = []
-    for start in ('fork', 'spawn'):
-        loader = make_batches(dataset, 4, 2, multiprocessing_context=start)
-        batches.append([audio for audio, _ in loader])
-    assert all(torch.equal(a, b) for a, b in zip(*batches))
-
-
 def test_workers_use_one_thread(tree):
     class Threads(train_loader):
         def __getitem__(self, index):
