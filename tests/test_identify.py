@@ -17,6 +17,8 @@ from ECAPAModel import load_model
 from exps import identify, scoring
 from tools import sha256
 
+pytestmark = pytest.mark.usefixtures('short_crops')
+
 
 @pytest.fixture
 def model(corpus):

@@ -123,7 +123,7 @@ def assert_two_epochs(tree, output):
     weights(folder / 'model/model_0002.model')
 
 
-def test_the_command_in_two_processes(tree, tmp_path, monkeypatch, capsys):
+def test_the_command_in_two_processes(tree, few_trials, tmp_path, monkeypatch, capsys):
     arguments = command_line(**SMALL, **tree)
     status, output, errors = run_two(trainECAPAModel.main, arguments, folder=tmp_path)
     assert status == 0, errors
@@ -147,7 +147,9 @@ def test_the_command_in_two_processes(tree, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_job_of_torchrun_that_is_restarted_goes_on_after_the_last_checkpoint(tree, tmp_path):
+def test_a_job_of_torchrun_that_is_restarted_goes_on_after_the_last_checkpoint(
+    tree, few_trials, tmp_path
+):
     """One of the two processes is killed after the first epoch; torchrun starts both again."""
     script = tmp_path / 'killed.py'
     script.write_text(
