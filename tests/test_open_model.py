@@ -1,4 +1,4 @@
-"""Does the model in exps/open decide on a fresh clone, and does its card tell the truth?"""
+"""Do scripts use the model in exps/open, unless they are given another one?"""
 
 import json
 import os
@@ -15,8 +15,6 @@ from ECAPAModel import load_model
 from exps import average, conditions, embed, export, identify, verify
 from tools import sha256
 
-ROOT = Path(__file__).parents[1]
-OPEN = ROOT / 'exps/open'
 short = pytest.mark.usefixtures('short_crops')
 
 
