@@ -6,4 +6,4 @@ cd "$(dirname "$0")/.."
 
 ruff check .
 ruff format --check .
-python -m pytest -n auto --dist loadfile "$@"
+python -m pytest -n auto --dist worksteal "$@"

@@ -1,6 +1,7 @@
 """How does a command end: signals in odd places, helpers that die, streams that go away?"""
 
 import errno
+import faulthandler
 import functools
 import io
 import multiprocessing
@@ -100,6 +101,7 @@ def end_as(how, item):
         os._exit(7)
     if how == 'unsendable':
         return lambda: item
+    faulthandler.disable()  # pytest's would print a traceback of this process
     os.kill(os.getpid(), how)
     time.sleep(10)
     return item
