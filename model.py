@@ -186,6 +186,8 @@ class Encoder(nn.Module):
 class ECAPA_TDNN(Encoder):
     """Speaker encoder with C channels in the frame-level layers; C must be a multiple of 8."""
 
+    pooled = 1536  # channels whose means and standard deviations over time are the utterance's
+
     def __init__(self, C):
         super().__init__()
         if C % 8:
@@ -196,16 +198,16 @@ class ECAPA_TDNN(Encoder):
         self.layer1 = Bottle2neck(C, C, kernel_size=3, dilation=2, scale=8)
         self.layer2 = Bottle2neck(C, C, kernel_size=3, dilation=3, scale=8)
         self.layer3 = Bottle2neck(C, C, kernel_size=3, dilation=4, scale=8)
-        self.layer4 = nn.Conv1d(3 * C, 1536, kernel_size=1)
+        self.layer4 = nn.Conv1d(3 * C, self.pooled, kernel_size=1)
         self.attention = nn.Sequential(
-            nn.Conv1d(4608, 256, kernel_size=1),
+            nn.Conv1d(3 * self.pooled, 256, kernel_size=1),
             nn.ReLU(),
             BatchNorm(256),
             nn.Tanh(),
-            nn.Conv1d(256, 1536, kernel_size=1),
+            nn.Conv1d(256, self.pooled, kernel_size=1),
         )
-        self.bn5 = BatchNorm(3072)
-        self.fc6 = nn.Linear(3072, self.embedding_size)
+        self.bn5 = BatchNorm(2 * self.pooled)
+        self.fc6 = nn.Linear(2 * self.pooled, self.embedding_size)
         self.bn6 = BatchNorm(self.embedding_size)
 
     @staticmethod
@@ -251,10 +253,10 @@ class ECAPA_TDNN(Encoder):
         # [x, mean, std] is one over x plus one vector for each utterance.
         first = self.attention[0]
         context = torch.cat((mean, variance.clamp(min=1e-4).sqrt()), dim=1)  # (B, 3072)
-        context = F.linear(context, first.weight[:, 1536:, 0], first.bias)  # (B, 256)
+        context = F.linear(context, first.weight[:, self.pooled :, 0], first.bias)  # (B, 256)
 
         # Attention.
-        logits = F.conv1d(x, first.weight[:, :1536]) + context.unsqueeze(2)  # (B, 256, T)
+        logits = F.conv1d(x, first.weight[:, : self.pooled]) + context.unsqueeze(2)  # (B, 256, T)
         for layer in self.attention[1:]:
             logits = layer(logits)  # (B, 1536, T) after the last
         logits = logits.float()

@@ -10,10 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+import plain
 import pytest
 import torch
 
+import dataLoader
 import trainECAPAModel
+from model import ECAPA_TDNN
 
 ROOT = Path(__file__).parents[1]
 # A training that takes a second. Tests override what they are about.
@@ -80,17 +83,20 @@ def start(function, *args, folder, environment=None):
         patch.setenv('PYTHONPATH', os.pathsep.join([str(ROOT), str(ROOT / 'tests')]))
         multiprocessing.forkserver.ensure_running()
     method = multiprocessing.get_start_method()
-    process = forked.Process(target=enter, args=(function, args, folder, environment or {}, method))
+    settings = environment or {}, method, get_scale()
+    process = forked.Process(target=enter, args=(function, args, folder, *settings))
     process.start()
     return process
 
 
-def enter(function, args, folder, environment, method):
+def enter(function, args, folder, environment, method, scale):
     """Runs a function as a command that the shell has started.
 
-    method: how this process starts others; it would otherwise have a server too.
+    method: how this process starts others; it would otherwise have a server too. scale: see
+    get_scale.
     """
     multiprocessing.set_start_method(method, force=True)
+    set_scale(*scale)
     os.setsid()
     os.chdir(folder)
     os.environ.update(environment)
@@ -101,6 +107,19 @@ def enter(function, args, folder, environment, method):
     # Whatever runs the tests in the background may have Ctrl-C ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     function(*args)
+
+
+def get_scale():
+    """Returns (samples of an evaluation crop, pooled channels), which the fixture quick changes."""
+    return dataLoader.EVAL_CROP, ECAPA_TDNN.pooled
+
+
+def set_scale(crop, pooled, change=setattr):
+    """Sets what get_scale() returns, also for the plain code."""
+    for module in (dataLoader, plain):
+        change(module, 'EVAL_CROP', crop)
+    change(ECAPA_TDNN, 'pooled', pooled)
+    change(plain, 'POOLED', pooled)
 
 
 def redirect(stream, path):

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from cli import set_scale
 
 from ECAPAModel import ECAPAModel, read_checkpoint
 
 SHARED = Path(__file__).parents[2] / 'shared'
 GOLDEN = SHARED / 'golden'
 MINIVOX = SHARED / 'minivox'
+QUICK = 4800, 32  # see quick()
 
 
 @pytest.fixture(scope='session')
@@ -42,12 +44,20 @@ def portable():
 
 
 @pytest.fixture(scope='module')
-def short_crops():
-    """Makes evaluation crops 0.3 s long instead of 3 s, for tests of something else."""
+def quick():
+    """Makes evaluation crops 0.3 s long and pools 32 channels, for files about something else.
+
+    The pooling takes most of the time of a small network, and most of the size of its checkpoint.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('dataLoader.EVAL_CROP', 4800)
-        patch.setattr('plain.EVAL_CROP', 4800)
+        set_scale(*QUICK, patch.setattr)
         yield
+
+
+@pytest.fixture
+def quick_test(monkeypatch):
+    """Does as quick() for a single test, in a file of others."""
+    set_scale(*QUICK, monkeypatch.setattr)
 
 
 def wave(number, samples):

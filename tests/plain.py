@@ -22,6 +22,7 @@ from torch import nn
 SNR = {'noise': (0, 15), 'speech': (13, 20), 'music': (5, 15)}  # dB
 CLIPS = {'noise': (1, 1), 'speech': (3, 8), 'music': (1, 1)}
 EVAL_CROP = 48240  # samples, 3 s
+POOLED = 1536  # channels that are pooled
 
 
 def plain_read_train_list(train_list, train_path):
@@ -222,18 +223,18 @@ class PlainECAPA(nn.Module):
         self.layer1 = PlainBlock(C, 2)
         self.layer2 = PlainBlock(C, 3)
         self.layer3 = PlainBlock(C, 4)
-        self.layer4 = nn.Conv1d(3 * C, 1536, 1)
+        self.layer4 = nn.Conv1d(3 * C, POOLED, 1)
 
         self.attention = nn.Sequential(
-            nn.Conv1d(4608, 256, 1),
+            nn.Conv1d(3 * POOLED, 256, 1),
             nn.ReLU(),
             nn.BatchNorm1d(256),
             nn.Tanh(),
-            nn.Conv1d(256, 1536, 1),
+            nn.Conv1d(256, POOLED, 1),
             nn.Softmax(2),
         )
-        self.bn5 = nn.BatchNorm1d(3072)
-        self.fc6 = nn.Linear(3072, 192)
+        self.bn5 = nn.BatchNorm1d(2 * POOLED)
+        self.fc6 = nn.Linear(2 * POOLED, 192)
         self.bn6 = nn.BatchNorm1d(192)
 
     def forward(self, x, aug):

@@ -30,7 +30,7 @@ from exps import embed, identify, lists, verify
 from exps.scoring import embed_speakers
 from tools import BadInput
 
-pytestmark = pytest.mark.usefixtures('short_crops')
+pytestmark = pytest.mark.usefixtures('quick')
 AUDIO = np.clip(wave(4, 30000) + 0.01, -1, 1)
 WHOLE = ['WAV PCM_16', 'WAV PCM_24', 'WAV PCM_U8', 'WAV ULAW', 'WAV FLOAT', 'WAV DOUBLE']
 WHOLE += ['FLAC PCM_16', 'AIFF PCM_16', 'AU PCM_16', 'CAF PCM_16', 'W64 PCM_16', 'RF64 PCM_16']

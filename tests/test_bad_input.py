@@ -11,6 +11,7 @@ from conftest import write_wav
 
 import trainECAPAModel
 
+pytestmark = pytest.mark.usefixtures('quick')
 ROOT = Path(__file__).parents[1]
 
 

@@ -12,7 +12,7 @@ from conftest import write_wav
 
 UTTERANCE = 'id1/session/00001.wav'
 SOUND = 0.1 * np.random.default_rng(0).standard_normal(20000)
-pytestmark = pytest.mark.usefixtures('short_crops', 'few_trials')
+pytestmark = pytest.mark.usefixtures('quick', 'few_trials')
 
 
 def test_check_goes_through_every_file_and_stops(tree, capsys):

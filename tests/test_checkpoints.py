@@ -16,7 +16,7 @@ from ECAPAModel import load_model
 from exps import average
 from tools import BadInput
 
-pytestmark = pytest.mark.usefixtures('short_crops')
+pytestmark = pytest.mark.usefixtures('quick')
 
 
 @pytest.fixture

@@ -100,7 +100,7 @@ def test_a_coded_crop_depends_on_seed_epoch_and_index_alone(tree):
     assert 0 < sum(same) < 12, 'a crop that no codec took is as without the option'
 
 
-def test_the_option_is_part_of_the_run(tree, capsys, short_crops):
+def test_the_option_is_part_of_the_run(tree, capsys, quick_test):
     train(tree, codec=0.3)
     assert 'codecs gsm, ulaw' in capsys.readouterr().out
     assert '--codec 0.0 (was 0.3 of gsm' in refusal(capsys, train, tree, max_epoch=2)

@@ -11,7 +11,7 @@ from conftest import write_wav
 
 import trainECAPAModel
 
-pytestmark = pytest.mark.usefixtures('short_crops')
+pytestmark = pytest.mark.usefixtures('quick')
 
 
 def scores(tree, model, capsys, **options):

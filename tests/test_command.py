@@ -18,7 +18,7 @@ import dataLoader
 import trainECAPAModel
 from tools import read_scores
 
-pytestmark = pytest.mark.usefixtures('short_crops')
+pytestmark = pytest.mark.usefixtures('quick')
 ROOT = Path(__file__).parents[1]
 SMALL = {'C': 16, 'num_frames': 60, 'batch_size': 8, 'n_cpu': 1, 'device': 'cpu'}
 
@@ -44,7 +44,7 @@ def run(voices, *flags, **options):
 
 
 @pytest.fixture(scope='module')
-def trained(voices, short_crops, tmp_path_factory):
+def trained(voices, quick, tmp_path_factory):
     """Folder of an uninterrupted run of four epochs, tested every second one."""
     folder = tmp_path_factory.mktemp('exps') / 'straight'
     run(voices, max_epoch=4, test_step=2, save_path=folder)

@@ -9,6 +9,8 @@ from conftest import trial_lines, wave, write_wav
 from dataLoader import Codec
 from exps import conditions
 
+pytestmark = pytest.mark.usefixtures('quick')
+
 
 def run(corpus, trials='trials.txt', **options):
     """Makes the conditions of a list of the corpus, in its folder out/."""

@@ -15,8 +15,8 @@ import trainECAPAModel
 from exps import calibrate, compare, scoring, verify
 from tools import BadInput
 
+pytestmark = pytest.mark.usefixtures('quick')
 ROOT = Path(__file__).parents[1]
-short = pytest.mark.usefixtures('short_crops')
 
 
 @pytest.fixture
@@ -150,7 +150,6 @@ def read_calibration(options):
     return json.loads(Path(options['save_path'], 'calibration.json').read_text())
 
 
-@short
 def test_calibration_of_written_scores(scored, tmp_path, capsys):
     capsys.readouterr()
     arguments = ['--fit', 'fit', '--kind', 'raw', '--false_acceptances', '20']
@@ -174,7 +173,6 @@ def test_calibration_of_written_scores(scored, tmp_path, capsys):
     assert accepted == pytest.approx(0.2, abs=0.1), 'nine tenths of the trials it was fitted on'
 
 
-@short
 def test_compare_shows_cllr_of_the_scores_that_a_calibration_is_for(scored, tmp_path, capsys):
     calibrate.main([scored['save_path'], '--fit', 'fit'])
     calibration = read_calibration(scored)
@@ -201,7 +199,6 @@ def test_compare_shows_cllr_of_the_scores_that_a_calibration_is_for(scored, tmp_
     assert costs() == {}, 'it is for scores with another --top_n'
 
 
-@short
 def test_the_last_kind_is_calibrated_and_a_moved_folder_is_read(scored, tmp_path, capsys):
     moved = Path(scored['save_path']).rename(tmp_path / 'moved')
     calibrate.main([str(moved), '--fit', str(tmp_path / 'test.txt')])
@@ -212,7 +209,6 @@ def test_the_last_kind_is_calibrated_and_a_moved_folder_is_read(scored, tmp_path
     assert [calibration['weight'], calibration['bias']] == pytest.approx([weight, bias])
 
 
-@short
 def test_lists_that_a_calibration_is_not_for_are_left_out(scored, tree, tmp_path, capsys):
     """The same trials in another layout, another checkpoint's, and those without the kind.
 
@@ -243,7 +239,6 @@ def test_lists_that_a_calibration_is_not_for_are_left_out(scored, tree, tmp_path
     assert [row.split()[0] for row in table.splitlines()[1:]] == [str(tmp_path / 'test.txt')]
 
 
-@short
 def test_verify_decides_by_the_calibration(tree, scored, capsys):
     calibrate.main([scored['save_path'], '--fit', 'fit', '--kind', 'raw'])
     calibration = read_calibration(scored)
@@ -273,7 +268,6 @@ def test_verify_decides_by_the_calibration(tree, scored, capsys):
         assert lines[4].startswith('the same speaker' if same else 'different speakers')
 
 
-@short
 def test_verify_says_why_a_calibration_does_not_belong(tree, scored, capsys):
     calibrate.main([scored['save_path'], '--fit', 'fit'])
     path = Path(scored['save_path'], 'calibration.json')
@@ -302,7 +296,6 @@ def test_verify_says_why_a_calibration_does_not_belong(tree, scored, capsys):
     assert str(path) in refusal(capsys, verify.main, normalised)
 
 
-@short
 @pytest.mark.parametrize(
     'options, message',
     [

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from ECAPAModel import choose_device, load_model, without_tf32
 from tools import BadInput
 
+pytestmark = pytest.mark.usefixtures('quick')
 DOUBLE = (torch.float64, torch.complex128)
 BATCH = torch.from_numpy(wave(0, 32480)).view(2, 16240), torch.arange(2)
 

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -30,8 +29,10 @@ from dataLoader import (
     train_loader,
     usable_processes,
 )
+from exps import compare
 from tools import BadInput
 
+pytestmark = pytest.mark.usefixtures('quick')
 ROOT = Path(__file__).parents[1]
 
 
@@ -156,7 +157,7 @@ def test_too_little_shared_memory_is_said(tree, monkeypatch, capfd):
         assert '--shm-size' in message and '--n_cpu' in message and 'Traceback' not in message
 
 
-def test_more_files_than_a_process_may_open_are_embedded(tmp_path, short_crops):
+def test_more_files_than_a_process_may_open_are_embedded(tmp_path):
     files = [write_wav(tmp_path / f'{n}.wav', wave(n % 3, 400)) for n in range(120)]
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     system = make_system(n_cpu=1)
@@ -210,40 +211,31 @@ def test_the_number_of_helpers_is_bounded(tree):
 # Streams.
 
 
-# Forks a process for each stream, which ends as Python does. Prints their exit statuses.
-SCRIPT_WITH_STREAMS = """
-import os, sys
-from exps import compare
-
-statuses = []
-for stream in ('closed pipe', '/dev/full', 'closed'):
-    child = os.fork()
-    if child == 0:
+def compare_into(stream):
+    """Runs a script with a standard output that cannot be written."""
+    if stream == 'closed':
+        os.close(1)
+        sys.stdout = None  # as Python does if it starts without one
+    else:
         if stream == 'closed pipe':
-            reading, writing = os.pipe()
+            reading, target = os.pipe()
             os.close(reading)
-            os.dup2(writing, 1)
-        elif stream == 'closed':
-            os.close(1)
-            sys.stdout = None  # as Python does if it starts without one
         else:
-            os.dup2(os.open(stream, os.O_WRONLY), 1)
-        print(f'{stream}:', file=sys.stderr)
-        compare.main(['exps/pretrain_score.txt'])
-        sys.exit(0)
-    _, status = os.waitpid(child, 0)
-    statuses.append(os.waitstatus_to_exitcode(status))
-print(statuses)
-"""
+            target = os.open(stream, os.O_WRONLY)
+        os.dup2(target, 1)
+        sys.stdout = open(1, 'w', closefd=False)
+    compare.main([str(ROOT / 'exps/pretrain_score.txt')])
 
 
-def test_a_script_whose_output_goes_away_is_quiet():
-    command = [sys.executable, '-c', SCRIPT_WITH_STREAMS]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == '[141, 2, 0]\n', done.stderr
-    first, second, message, third = done.stderr.splitlines()
-    assert (first, second, third) == ('closed pipe:', '/dev/full:', 'closed:')
-    assert message.startswith('error: ')
+@pytest.mark.parametrize('stream, status', [('closed pipe', 141), ('/dev/full', 2), ('closed', 0)])
+def test_a_script_whose_output_goes_away_is_quiet(tmp_path, stream, status):
+    process = start(compare_into, stream, folder=tmp_path)
+    ended, _, errors = finish([process], tmp_path)
+    assert ended == status
+    if status == 2:
+        assert errors.startswith('error: ') and errors.count('\n') == 1
+    else:
+        assert errors == ''
 
 
 def train_without(streams, arguments):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from dataLoader import read_crop
 from tools import BadInput
 
-pytestmark = pytest.mark.usefixtures('short_crops')
+pytestmark = pytest.mark.usefixtures('quick')
 SOUND = 0.1 * np.random.default_rng(0).standard_normal(20000)
 UTTERANCE = 'id1/session/00001.wav'
 

@@ -18,6 +18,8 @@ from exps import identify, lists
 from exps.lists import make_trials
 from tools import BadInput
 
+pytestmark = pytest.mark.usefixtures('quick')
+
 
 @pytest.fixture
 def recordings(tmp_path):

@@ -17,7 +17,7 @@ from ECAPAModel import load_model
 from exps import identify, scoring
 from tools import sha256
 
-pytestmark = pytest.mark.usefixtures('short_crops')
+pytestmark = pytest.mark.usefixtures('quick')
 
 
 @pytest.fixture

@@ -262,7 +262,7 @@ def interval_by_trials(scores, labels, seed):
 
 
 @pytest.fixture
-def six(tmp_path, short_crops):
+def six(tmp_path, quick_test):
     """Options of an evaluation of six speakers with three utterances each, and two checkpoints."""
     names = [f'id{speaker}/session/{number:05d}.wav' for speaker in range(6) for number in range(3)]
     for number, name in enumerate(names):

@@ -18,6 +18,8 @@ from ECAPAModel import ECAPAModel
 from tools import BadInput, process_count
 from trainECAPAModel import join_processes
 
+pytestmark = pytest.mark.usefixtures('quick')
+
 
 @pytest.mark.parametrize(
     'option, value, words',

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from dataLoader import check_lists, read_trial_lists, require_file, require_folder, train_loader
 from tools import BadInput
 
-pytestmark = pytest.mark.usefixtures('short_crops')
+pytestmark = pytest.mark.usefixtures('quick')
 NAME = 'id{}/session/{:05d}.wav'.format
 
 

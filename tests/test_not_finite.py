@@ -11,7 +11,7 @@ import dataLoader
 from ECAPAModel import load_model, saved_models
 from tools import read_scores
 
-pytestmark = pytest.mark.usefixtures('short_crops', 'few_trials')
+pytestmark = pytest.mark.usefixtures('quick', 'few_trials')
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tree, capsys, monkeypatch):

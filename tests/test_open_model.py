@@ -15,7 +15,7 @@ from ECAPAModel import load_model
 from exps import average, conditions, embed, export, identify, verify
 from tools import sha256
 
-short = pytest.mark.usefixtures('short_crops')
+quick = pytest.mark.usefixtures('quick_test')
 
 
 # Which model is used, and what is said about it.
@@ -65,7 +65,7 @@ def scripts_that_use_a_model(recordings, tmp_path):
     }
 
 
-@short
+@quick
 def test_without_a_model_scripts_use_the_shipped_one_and_name_its_card(
     stand_in, recordings, tmp_path, capsys
 ):
@@ -88,7 +88,7 @@ def test_without_a_model_scripts_use_the_shipped_one_and_name_its_card(
     np.testing.assert_allclose(vectors, expected, atol=1e-6)
 
 
-@short
+@quick
 def test_with_initial_model_nothing_of_the_shipped_one_is_used(
     stand_in, recordings, tmp_path, capsys
 ):

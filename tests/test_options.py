@@ -18,7 +18,7 @@ from ECAPAModel import ECAPAModel
 from exps import verify
 from tools import PUBLISHED_OPTIONS, in_range
 
-pytestmark = pytest.mark.usefixtures('short_crops')
+pytestmark = pytest.mark.usefixtures('quick')
 ROOT = Path(__file__).parents[1]
 
 

@@ -407,7 +407,7 @@ def test_the_loader_is_named_where_it_is_the_bottleneck(tree, capsys):
     assert capsys.readouterr().err.count('waited for data') == 1
 
 
-def test_the_benchmark_runs(capsys, monkeypatch, short_crops):
+def test_the_benchmark_runs(capsys, monkeypatch, quick_test):
     monkeypatch.setattr(benchmark, 'MOST_TURNS', 1)
     benchmark.main(['--quick', 'traffic', 'pipeline', 'evaluation', 'scoring', 'lists'])
     table = capsys.readouterr().out.partition('memory, ours / plain')[2]

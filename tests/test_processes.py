@@ -15,6 +15,7 @@ import trainECAPAModel
 from dataLoader import make_batches, train_loader
 from tools import process_count, process_rank, read_scores, sum_over_processes
 
+pytestmark = pytest.mark.usefixtures('quick')
 ROOT = Path(__file__).parents[1]
 COMMAND = ROOT / 'trainECAPAModel.py'
 SMALL = {**cli.SMALL, 'n_cpu': 1, 'max_epoch': 2}

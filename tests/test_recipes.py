@@ -19,7 +19,7 @@ from loss import LOSSES
 from model import ECAPA_TDNN, ENCODERS
 from tools import options_for, read_scores
 
-pytestmark = pytest.mark.usefixtures('short_crops')
+pytestmark = pytest.mark.usefixtures('quick')
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path.name for path in (ROOT / 'exps/recipes').glob('*.txt'))
 

@@ -16,7 +16,7 @@ from ECAPAModel import ECAPAModel
 from exps import scoring, verify
 from tools import sha256
 
-pytestmark = pytest.mark.usefixtures('short_crops')
+pytestmark = pytest.mark.usefixtures('quick')
 
 
 def test_a_copied_folder_never_writes_into_the_first(tree, model, tmp_path):

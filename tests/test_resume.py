@@ -18,7 +18,7 @@ import trainECAPAModel
 from ECAPAModel import ECAPAModel, newest_checkpoint, saved_models
 from tools import HARMLESS, SCORE_LINE, BadInput, read_scores
 
-pytestmark = pytest.mark.usefixtures('short_crops', 'few_trials')
+pytestmark = pytest.mark.usefixtures('quick', 'few_trials')
 ROOT = Path(__file__).parents[1]
 
 

@@ -15,7 +15,7 @@ from exps.scoring import as_norm, choose_cohort, embed_speakers, read_results
 from tools import BadInput, operating_points, read_scores, score_pairs
 
 NAME = 'id{}/session/{:05d}.wav'.format
-pytestmark = pytest.mark.usefixtures('short_crops')
+pytestmark = pytest.mark.usefixtures('quick')
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ import trainECAPAModel
 from dataLoader import make_batches, parallel_map, train_loader
 from ECAPAModel import saved_models
 
+pytestmark = pytest.mark.usefixtures('quick')
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize('whom', ['process', 'group', 'helpers first'])

@@ -11,7 +11,7 @@ from cli import command_line, evaluate, train
 from dataLoader import parallel_map
 from exps import conditions, embed, lists
 
-pytestmark = pytest.mark.usefixtures('short_crops')
+pytestmark = pytest.mark.usefixtures('quick')
 
 
 @pytest.fixture(params=['spawn', 'forkserver'])
@@ -34,7 +34,9 @@ def test_training(tree, few_trials, tmp_path, method):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('method', ['forkserver'], indirect=True)
 def test_evaluation_and_scripts(tree, model, tmp_path, method, monkeypatch, capsys):
+    """By one of the two, as both hand over the same: what can be pickled."""
     evaluate(tree, model, n_cpu=1)
     assert 'EER' in capsys.readouterr().out
 

@@ -15,6 +15,8 @@ from dataLoader import EVAL_CROP
 from ECAPAModel import choose_device
 from tools import BadInput
 
+pytestmark = pytest.mark.usefixtures('quick')
+
 
 @pytest.fixture
 def four_processes(monkeypatch):

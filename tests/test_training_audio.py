@@ -14,7 +14,7 @@ import dataLoader
 from dataLoader import BadAudio, make_batches, read_room, reverberate, train_loader
 from tools import BadInput
 
-pytestmark = pytest.mark.usefixtures('short_crops', 'few_trials')
+pytestmark = pytest.mark.usefixtures('quick', 'few_trials')
 SOUND = 0.1 * np.random.default_rng(0).standard_normal(20000)
 UTTERANCE = 'id1/session/00001.wav'
 PARTS = {

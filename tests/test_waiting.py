@@ -12,6 +12,7 @@ from dataLoader import make_batches, train_loader
 from tools import MORE_SHARED_MEMORY
 from trainECAPAModel import Progress, epoch_line, make_parser
 
+pytestmark = pytest.mark.usefixtures('quick')
 ROOT = Path(__file__).parents[1]
 
 STEPS = 200

@@ -19,7 +19,7 @@ from ECAPAModel import ECAPAModel
 from exps import embed, scoring
 from tools import BadInput, read_scores, write_text, write_whole
 
-pytestmark = pytest.mark.usefixtures('short_crops')
+pytestmark = pytest.mark.usefixtures('quick')
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tree, capsys):
@@ -67,11 +67,11 @@ def test_too_little_room_is_said_at_the_start(tree, capsys, monkeypatch):
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage._replace(free=1000000))
     message = refusal(capsys, train, tree)
     assert '--save_path' in message and '0.00 GB' in message
-    monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage._replace(free=200000000))
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage._replace(free=20000000))
     train(tree)
-    assert '0.20 GB' not in capsys.readouterr().out
+    assert '0.02 GB' not in capsys.readouterr().out
     train(tree, '--check', max_epoch=200)
-    assert re.search('WARNING .*0.20 GB.*--keep', capsys.readouterr().out)
+    assert re.search('WARNING .*0.02 GB.*--keep', capsys.readouterr().out)
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
