@@ -110,10 +110,9 @@ def shuffle_labels(train_list, path):
 def test_training_learns_the_voice(tmp_path, capsys, monkeypatch):
     """The EER on new voices: trained, untrained, and trained on shuffled labels.
 
-    They were 17.6 to 19.9, 40.8, and 35.9 to 38.0 %,
-    with seeds 10, 11 and 12 and the instruction sets AVX-512, AVX2 and neither. The bounds leave
-    room for other processors, which round differently and so train another network. To save time,
-    256 channels are pooled instead of 1536.
+    They were 17.6 to 19.9, 40.8, and 35.9 to 38.0 %, with seeds 10, 11 and 12 and the instruction
+    sets AVX-512, AVX2 and neither. The bounds leave room for other processors, which round
+    differently and so train another network. To save time, 256 channels are pooled, not 1536.
     """
     set_scale(4800, 256, monkeypatch.setattr)
     corpus = tmp_path / 'corpus'
