@@ -6,11 +6,8 @@
 
 This is stochastic weight averaging (Izmailov et al., UAI 2018). The running means and variances of
 batch norms are averaged too; their counts are those of the last checkpoint. The result is scored
-like any other checkpoint.
-
-Two options make the file smaller, also that of a single checkpoint. It loads like any other.
---half writes 16-bit weights. --speakers leaves out the speakers of --speed_perturb, which only a
-further training with --speed_perturb needs.
+like any other checkpoint. --half writes 16-bit weights, also of a single checkpoint; the file is
+half as large, and loads like any other.
 """
 
 import argparse
@@ -19,7 +16,7 @@ import os
 import torch
 
 from dataLoader import require_file
-from ECAPAModel import describe, model_of, read_checkpoint, saved_models
+from ECAPAModel import model_of, read_checkpoint, saved_models
 from tools import BadInput, exit_on_bad_input, write_whole
 
 
@@ -33,17 +30,16 @@ def main(argv=None):
     add('--last', type=int, default=10, help='how many of the newest (default: 10)')
     add('--out', required=True, help='checkpoint to write')
     add('--half', action='store_true', help='write 16-bit weights, for a file of half the size')
-    add('--speakers', type=int, metavar='N', help='keep only N speakers of the classifier')
     args = parser.parse_args(argv)
     with exit_on_bad_input():
-        average(args.models, args.last, args.out, args.half, args.speakers)
+        average(args.models, args.last, args.out, args.half)
 
 
-def average(models, last, out, half=False, speakers=None):
+def average(models, last, out, half=False):
     """Writes the mean of checkpoints, or of the `last` newest checkpoints of a folder, to `out`.
 
-    half: write the weights of layers in float16; see half_precision. speakers: see first_speakers.
-    Raises BadInput if their tensors differ in shape, or if `out` exists.
+    half: write the weights of layers in float16; see half_precision. Raises BadInput if their
+    tensors differ in shape, or if `out` exists.
     """
     if os.path.exists(out):
         raise BadInput(f'--out {out} is there already; remove it or choose another name')
@@ -71,8 +67,6 @@ def average(models, last, out, half=False, speakers=None):
             else:
                 total[name] = tensor
     mean = {name: tensor.to(weights[name].dtype) for name, tensor in total.items()}
-    if speakers is not None:
-        mean = first_speakers(mean, speakers)
     if half:
         mean = half_precision(mean, paths[0])
     write_whole(out, lambda file: torch.save(mean, file))
@@ -85,22 +79,6 @@ def newest(folder, count):
     if not 0 < count <= len(paths):
         raise BadInput(f'{folder}: holds {len(paths)} checkpoints, --last is {count}; choose fewer')
     return paths[:count][::-1]
-
-
-def first_speakers(weights, speakers):
-    """Returns a state dict whose classifier has only the first `speakers` speakers.
-
-    After a training with --speed_perturb these are the real ones: as many as the training list has.
-    The others are the same people at other speeds.
-    """
-    n_class = describe(weights)['n_class']
-    if not 0 < speakers <= n_class:
-        raise BadInput(f'--speakers {speakers}: the classifier has {n_class} speakers')
-    fewer = {}
-    for name, tensor in weights.items():
-        of_speakers = name.startswith('speaker_loss.') and tensor.shape[:1] == (n_class,)
-        fewer[name] = tensor[:speakers].clone() if of_speakers else tensor
-    return fewer
 
 
 def half_precision(weights, path):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from cli import command_line, refusal
 from conftest import portable_system, wave, write_wav
 
@@ -145,27 +144,6 @@ def test_half_precision_halves_a_checkpoint(tmp_path, recordings):
         is_matrix = tensor.ndim > 1 and 'torchfbank' not in name
         bound = 2**-11 if is_matrix else 0
         np.testing.assert_allclose(tensor, expected[name], rtol=bound, atol=bound * 2**-13)
-
-
-def test_the_speakers_of_other_speeds_can_be_left_out(tmp_path, capsys):
-    system = portable_system(8)
-    whole = str(tmp_path / 'whole.model')
-    system.save_parameters(whole)
-    for speakers in (0, 21):
-        message = refusal(
-            capsys, average.main, [whole, '--speakers', str(speakers), '--out', 'x.model']
-        )
-        assert f'--speakers {speakers}' in message and '20' in message
-
-    fewer = tmp_path / 'fewer.model'
-    average.main([whole, '--speakers', '6', '--out', str(fewer)])
-    expected = system.state_dict()
-    found = load_model(fewer, device='cpu').state_dict()
-    assert len(found['speaker_loss.weight']) == 6
-    for name, tensor in found.items():
-        kept = expected[name][:6] if name == 'speaker_loss.weight' else expected[name]
-        assert torch.equal(tensor, kept), name
-    assert fewer.stat().st_size < os.path.getsize(whole) - 13 * 192 * 4
 
 
 def test_the_command_does_not_guess_a_model(capsys):
