@@ -37,7 +37,7 @@ from loss import LOSSES, loss_of
 from model import ENCODERS, HOP, encoder_of
 from tools import BadInput, process_count, process_rank, say
 
-LOOK_EVERY = 10  # steps between two looks at their losses; for each the host waits for the GPU
+LOOK_EVERY = 10  # steps from one look at the losses to the next; a look waits for the GPU
 BATCH_FRAMES = 16384  # frames in a batch of evaluation on a GPU: about 1.5 GB with 1,024 channels
 CPU_BATCH_FRAMES = 4096  # the same on a CPU: larger batches do not stay in its cache
 WINDOW_FRAMES = 8 * BATCH_FRAMES  # frames read before they are sorted by length into batches
@@ -70,7 +70,8 @@ class Scored(NamedTuple):
 class ECAPAModel(nn.Module):
     """Speaker encoder and classifier, with the optimiser that trains them.
 
-    lr: learning rate, multiplied by lr_decay every test_step epochs. C: channels of the encoder.
+    lr: learning rate; with schedule 'step' it is multiplied by lr_decay every test_step epochs.
+    C: channels of the encoder.
     n_class: number of speakers. m, s: margin and scale of AAM-softmax. device: see choose_device.
     n_cpu: processes that read files in evaluation. encoder, loss: names in model.ENCODERS and
     loss.LOSSES.
@@ -182,9 +183,9 @@ class ECAPAModel(nn.Module):
         return self.margin_from + (self.margin - self.margin_from) * grown
 
     def forward(self, audio, labels):
-        """Computes loss and accuracy in percent of waveforms (B, samples) with labels (B,).
+        """Returns (loss, accuracy (1,) in percent) for waveforms (B, samples) and labels (B,).
 
-        The features are masked at random.
+        The features are masked at random (SpecAugment), unless no_specaug is true.
         """
         # Compiling takes minutes: frozen epochs are too few to gain from it.
         encode = self.train_encode if self.speaker_encoder.training else self.speaker_encoder.encode
@@ -232,9 +233,10 @@ class ECAPAModel(nn.Module):
     def train_network(self, epoch, loader):
         """Trains one epoch over a loader of (waveforms (B, samples), labels (B,)).
 
-        Returns (mean loss, learning rate, mean accuracy in percent) of all processes, which the
-        progress bar shows too. Raises Diverged at most LOOK_EVERY steps after a loss or gradient
-        that is not finite.
+        Returns (mean loss, last learning rate, mean accuracy in percent), with the means over all
+        processes. The progress bar shows the running means of the first process. Raises BadInput if
+        the loader has no batch, and Diverged at most LOOK_EVERY steps after a loss or gradient that
+        is not finite.
         """
         steps = len(loader)
         if steps == 0:
@@ -259,7 +261,7 @@ class ECAPAModel(nn.Module):
                 labels = self.copy_to_device(batch[1])
                 not_seen.append((batch, self.train_step(audio, labels)))
 
-                # Look at the results from time to time: only here the loop waits for a GPU.
+                # Look at the results from time to time: only here does the loop wait for a GPU.
                 if len(not_seen) == LOOK_EVERY or step == steps or not self.on_gpu:
                     totals += sum_of_finite(not_seen, epoch, step)
                     not_seen = []
@@ -288,7 +290,7 @@ class ECAPAModel(nn.Module):
             return
         self.warned_of_waiting = True
         print(
-            f'The {self.device.type} waited for data {100 * self.share_idle:.0f}% of the time: the '
+            f'Training waited for data {100 * self.share_idle:.0f}% of the time: the '
             f'loader is the bottleneck. Try another --n_cpu (now {self.n_cpu}; this machine has '
             f'{tools.available_cpus()} processors), or a faster disk.',
             file=sys.stderr,
@@ -312,9 +314,10 @@ class ECAPAModel(nn.Module):
         return results
 
     def embed(self, paths, channel=None):
-        """Returns unit embeddings of whole files, float32 (N, D), of any rate and channels.
+        """Returns unit embeddings, float32 (N, D), of whole files of any rate and channel count.
 
         channel: as in embed_files. A note on standard error names each file that is converted.
+        Raises BadInput, as embed_files does, if a file cannot be used.
         """
         return self.embed_files(paths, any_format=True, channel=channel)[:, 0]
 
@@ -457,9 +460,9 @@ class ECAPAModel(nn.Module):
         return self.copy_to_device(numbers)
 
     def copy_to_device(self, tensor, copy=False):
-        """Returns a tensor on the device; with copy, a new one even if it is there already.
+        """Returns a tensor on the device; with copy, a new one even if it is already there.
 
-        On a GPU of NVIDIA the copy may finish after this returns: CUDA keeps the memory of the
+        On an NVIDIA GPU the copy may finish after this returns: CUDA keeps the memory of the
         source until then. Other devices do not, so on them this waits for the copy.
         """
         return tensor.to(self.device, non_blocking=self.on_gpu, copy=copy)
@@ -614,8 +617,8 @@ def save_training(system, folder, done, identity, keep=0):
     for name, tensor in system.state_dict().items():
         if not tensor.isfinite().all():
             raise BadInput(
-                f'epoch {done.epoch}: {name} is not finite any more, so nothing is saved. A lower '
-                '--lr may help'
+                f'epoch {done.epoch}: {name} is no longer finite, so nothing is saved. A lower '
+                '--lr may help; to continue this run with it, add --force'
             )
     path = os.path.join(folder, f'model_{done.epoch:04d}')
     state = {**done._asdict(), 'identity': identity, 'optim': system.optim.state_dict()}
@@ -625,7 +628,7 @@ def save_training(system, folder, done, identity, keep=0):
 
 
 def resume(system, folder, identity, force=False):
-    """Loads the newest checkpoint of a folder that can be read, with the optimiser's state.
+    """Loads the newest readable checkpoint of a folder, with the optimiser's state.
 
     identity: {option: value} of the options that change the numbers of this run. Returns (Progress,
     the options that changed, as text), or (None, []) if the folder holds no run. Raises BadInput if
@@ -650,8 +653,8 @@ def resume(system, folder, identity, force=False):
     left_out = load_weights(system, weights, path)
     if left_out:
         raise BadInput(
-            f'{path}: cannot be continued: {left_out[0]} does not fit; choose another --save_path, '
-            'and --initial_model to start from it'
+            f'{path}: cannot be continued: {left_out[0]} does not fit. To start from its weights, '
+            'give it as --initial_model, with another --save_path'
         )
     if 'optim' in state:
         load_optimiser(system.optim, state['optim'], path)
@@ -699,7 +702,8 @@ def load_weights(system, weights, path):
     """
     expected = system.state_dict()
 
-    # A checkpoint may lack filters and counters of batch norms, which are the same in every model.
+    # A checkpoint may lack the filters, which are the same in every model, and the counters of
+    # batch norms, which nothing uses.
     for name, tensor in system.named_buffers():
         if not name.endswith(('running_mean', 'running_var')):
             weights = {name: tensor, **weights}
@@ -726,8 +730,8 @@ def load_weights(system, weights, path):
 def load_model(path, **options):
     """Returns an ECAPAModel with the sizes and the weights of a checkpoint.
 
-    options: those of ECAPAModel, for example device. Raises BadInput if C or n_class contradict the
-    checkpoint.
+    options: those of ECAPAModel, for example device. Raises BadInput if the file cannot be read or
+    is not a checkpoint of this model, or if C or n_class contradict it.
     """
     weights, _ = read_checkpoint(path)
     return model_of(weights, path, **options)
@@ -839,7 +843,7 @@ def newest_checkpoint(folder):
 
 @contextlib.contextmanager
 def report_damage(faults):
-    """Prints a Damaged error of the block and adds it to `faults`, unless it is there already."""
+    """Prints a Damaged error of the block and adds it to `faults`, unless it is already there."""
     try:
         yield
     except Damaged as error:
@@ -881,7 +885,7 @@ def read_checkpoint(path):
         if found[part] is None:
             raise BadInput(
                 f'{path}: not a checkpoint of this model: the tensors speaker_{part}.* are missing '
-                f'or belong to another {part} than {" or ".join(known)}'
+                f'or belong to a {part} other than {" or ".join(known)}'
             )
     for name, tensor in state.items():
         if not tensor.float().isfinite().all():
@@ -923,8 +927,8 @@ def part_of(state, prefix):
 def read_file(path, role):
     """Reads a file of torch.save without running code of it; returns (object, SHA-256).
 
-    Tensors are on the CPU. Raises Damaged, with a message that says what the file is instead, and
-    BadInput if it cannot be read at all.
+    Tensors are on the CPU. Raises Damaged if PyTorch cannot load it, with a message that says what
+    the file is instead, and BadInput if the disk cannot read it.
     """
     content = tools.read_bytes(path)
     try:
@@ -994,7 +998,7 @@ def without_tf32():
 def choose_device(name='auto'):
     """Returns the torch.device of a name: cpu, cuda, cuda:N, mps (the GPU of a Mac), or auto.
 
-    auto is cuda if there is a GPU of NVIDIA, else cpu. Raises BadInput if the device cannot be used
+    auto is cuda if there is an NVIDIA GPU, else cpu. Raises BadInput if the device cannot be used
     or is of a kind that this code was not made for.
     """
     chosen = name
@@ -1018,7 +1022,7 @@ def choose_device(name='auto'):
 
 
 def has_nvidia_gpu():
-    """Returns whether this machine has a GPU of NVIDIA that CUDA_VISIBLE_DEVICES does not hide."""
+    """Returns whether this machine has an NVIDIA GPU that CUDA_VISIBLE_DEVICES does not hide."""
     if os.environ.get('CUDA_VISIBLE_DEVICES') in ('', '-1'):
         return False
     return bool(glob.glob('/dev/nvidia[0-9]*'))

@@ -144,8 +144,8 @@ class train_loader(Dataset):
     the published command that are not used here are accepted; others raise TypeError. Raises
     BadInput if a list or folder cannot be used.
 
-    The attribute bad_audio may be a BadAudio: it then lists each utterance, noise and room that
-    cannot be used, and another one replaces it. Otherwise such a file raises BadInput.
+    If the attribute bad_audio is a BadAudio, utterances, noises and rooms that cannot be used are
+    added to it, and others replace them. If it is None, such a file raises BadInput.
     """
 
     def __init__(
@@ -231,7 +231,7 @@ class train_loader(Dataset):
     def through_random_codec(self, audio, rng):
         """Sends audio (samples,) through a random codec: a telephone codec two times in three.
 
-        Half of these also cut the audio to the telephone band.
+        In half of the cases, a telephone codec also gets audio that is cut to the telephone band.
         """
         group = TELEPHONE if rng.random() < 2 / 3 else INTERNET
         codec = group[rng.choice(list(group))]
@@ -269,7 +269,7 @@ class train_loader(Dataset):
         return {**folders, self.rir_path: len(self.rirs)}
 
     def list_fault(self, error):
-        """Lists a file that cannot be used in bad_audio; raises its BadInput if there is none."""
+        """Adds the error of an unusable file to bad_audio; raises it if bad_audio is None."""
         if self.bad_audio is None:
             raise error
         self.bad_audio.add(str(error))
@@ -422,7 +422,10 @@ def is_usable(codec):
 
 
 def reverberate(audio, rir):
-    """Convolves audio (..., samples) with rir (taps,) of unit energy; returns as many samples."""
+    """Convolves audio (..., samples) with rir (taps,), which it first scales to unit energy.
+
+    Returns float32 (..., samples), cut to the length of the audio.
+    """
     rir = (rir / np.sqrt(np.sum(rir**2))).reshape((1,) * (audio.ndim - 1) + (-1,))
     return fftconvolve(audio, rir, axes=-1)[..., : audio.shape[-1]].astype(np.float32)
 
@@ -605,9 +608,10 @@ def prepare_sockets():
 
 
 def prepare_worker(worker):
-    """Makes a worker ignore Ctrl-C, which the main process handles, and end at any error.
+    """Makes a worker ignore Ctrl-C, which the main process handles.
 
-    It ends at once if the main process has died while it started.
+    The worker will also end if its result cannot be sent. It ends at once if the main process has
+    died in the meantime.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # PyTorch's workers notice if their parent dies later, but not if it is already dead. With
@@ -674,8 +678,9 @@ def shared_memory_errors():
 # file that was cut). Of several recordings in one file it may count only the first. So one rule
 # holds for all files: read blocks until nothing comes, and compare what came with what was
 # announced. AudioFile does this. If a file is not whole, training and evaluation refuse it
-# (read_audio), and scripts that use a model note it (read_any). Only crops of 16-bit wav have a
-# faster way (read_crop), which first compares the header with the size of the file.
+# (read_audio), and scripts that use a model note it (read_any). Only crops have faster ways
+# (read_crop): a 16-bit wav whose header agrees with the size of the file is not read whole, nor is
+# any other file whose last announced frame is there.
 
 
 class AudioFile(soundfile.SoundFile):
@@ -741,7 +746,7 @@ class AudioFile(soundfile.SoundFile):
         there = f'{self.count / self.samplerate:.2f} s'
         if self.announced and self.count < self.announced:
             announced = f'{self.announced / self.samplerate:.2f} s'
-            return f'is cut short: {announced} of audio are announced, {there} are there'
+            return f'is cut short: the header announces {announced} of audio, the file has {there}'
         if self.error:
             return f'is damaged: it cannot be decoded after {there}'
         return ''
@@ -867,7 +872,7 @@ class CorrectedFile(io.FileIO):
 
 
 def completed_header(file, begin):
-    """Returns the header of a wav, RF64, CAF or AU with the length that nobody filled in.
+    """Returns the header of a wav, RF64, CAF or AU, with a missing length filled in.
 
     The program wrote to a pipe, in which it cannot go back, or was stopped too early. Returns b''
     if nothing has to be changed.
@@ -912,7 +917,8 @@ def is_chunk(file, left):
 def scan_mp3(file, begin):
     """Looks at the first frame of an MP3, which may announce the length of its stream.
 
-    Returns (False if the length is unknown, how many streams there are if it is known).
+    Returns (whether the length may be trusted, number of streams: 1, or 2 for several). For a file
+    that is not an MP3 this is (True, 1).
     """
     place = 0
     if begin.startswith(b'ID3') and len(begin) >= 10:
@@ -975,7 +981,7 @@ def cut_by_header(log):
     """Returns what libsndfile's log of opening a file says about missing data, or ''."""
     for announced, there in CUT_SHORT.findall(log):
         if int(there) < int(announced) and not is_placeholder(int(announced)):
-            return f'{announced} bytes of audio are announced, {there} are there'
+            return f'the header announces {announced} bytes of audio, the file has {there}'
     return ''
 
 
@@ -987,9 +993,9 @@ def is_placeholder(length):
 def read_audio(path, shortest=1, silent_ok=False):
     """Reads a whole file of 16 kHz and one channel, as training and evaluation do.
 
-    Returns float32 (samples,). Raises BadInput for another format, a file that is cut short or
-    damaged, samples that are not finite, fewer than `shortest` of them, and for silence unless
-    silent_ok is true.
+    Returns float32 (samples,). Raises BadInput for another rate or several channels, a file that is
+    cut short or damaged, samples that are not finite, fewer than `shortest` of them, and for
+    silence unless silent_ok is true.
     """
     with open_audio(path) as file:
         refuse_file(path, file.other_format())
@@ -1070,7 +1076,7 @@ def read_any(path, shortest=1, channel=None):
 
     # Say what happened to the recording, and what this means for its scores.
     if missing:
-        notes.append(f'{missing}; the {len(audio) / RATE:.2f} s that are there count')
+        notes.append(f'{missing}; the {len(audio) / RATE:.2f} s that it has are used')
     if rate != RATE:
         notes.append(f'resampled from {rate} Hz')
     error = abs(float(ratio) * RATE / rate - 1)
@@ -1123,8 +1129,8 @@ def one_channel(block, channel):
 def resampling_ratio(rate):
     """Returns how many samples at `rate` Hz make one at 16 kHz, a Fraction.
 
-    It is exact if its numbers are below 641, as for all usual rates; otherwise it is less than
-    0.1 % off, because the filter needs memory for the product of both numbers.
+    The filter needs memory for the product of numerator and denominator, so both are at most 640.
+    For all usual rates the ratio is exact; for others it is less than 0.1 % off.
     """
     return Fraction(rate, RATE).limit_denominator(640 * RATE // max(rate, RATE))
 
@@ -1537,9 +1543,9 @@ def read_trial_lists(lists, folders, enrol_list='', speaker=''):
     """Reads lines `label enrolment test`, or with the label last, of several lists.
 
     folders: one for all lists, or one for each. enrol_list: lines `model utterance...`, one or
-    several of a model; if given, enrolments name these models. speaker: the pattern of --speaker.
-    Returns (paths of all files, [TrialList]); a file in several lists appears once. Raises
-    BadInput that shows the lines that cannot be used.
+    more for each model; if it is given, the enrolments of the trials are names of models. speaker:
+    the pattern of --speaker. Returns (paths of all files, [TrialList]); a file in several lists
+    appears once. Raises BadInput that shows the lines that cannot be used.
     """
     if len(set(map(str, lists))) < len(lists):
         raise BadInput('--eval_list: the same list is given twice')
@@ -1593,7 +1599,8 @@ def read_trials(path, folder, models, enrolments, numbers_of_files, speaker=''):
         pairs.append(sides.setdefault((False, test), len(sides)))
     if min(labels) == max(labels):
         raise BadInput(
-            f'--eval_list: {path}: needs trials of both kinds, 1 and 0, for an error rate'
+            f'--eval_list: {path}: an error rate needs both target trials (1) and non-target '
+            'trials (0)'
         )
     labels = np.array(labels)
     pairs = np.array(pairs).reshape(-1, 2)
@@ -1685,7 +1692,7 @@ def split_path(path):
 
 
 def warn_of_odd_trials(path, labels, pairs, names):
-    """Prints which trials of a list are there more than once, or compare a file with itself.
+    """Warns of pairs in a list that have both labels, occur more than once, or are of one file.
 
     Two spellings of a path are one file, and the order of the two sides does not matter.
     """
@@ -1699,7 +1706,7 @@ def warn_of_odd_trials(path, labels, pairs, names):
     both = (targets > 0) & (targets < counts)
     faults = {
         'have both labels, so one is wrong': both,
-        'are there more than once': (counts > 1) & ~both,
+        'occur more than once': (counts > 1) & ~both,
         'compare a file with itself': (low == high)[first],
     }
     for fault, chosen in faults.items():
@@ -1736,7 +1743,8 @@ def trial_fault(fields, label_at, models):
         return field_fault(fields, 3)
     if fields[label_at] not in LABELS:
         return (
-            'a label is 1 or target (same speaker), 0 or nontarget, at the same end of every line'
+            'the label must be 1 or target (same speaker), or 0 or nontarget (different speakers), '
+            'at the same end of every line'
         )
     enrolment = fields[1 if label_at == 0 else 0]
     if models and enrolment not in models:
@@ -1757,7 +1765,10 @@ def field_fault(fields, count=2):
 
 
 def read_list(path, role):
-    """Returns the bytes of a list. Raises BadInput if it is missing or is not text in UTF-8."""
+    """Returns the bytes of a list.
+
+    Raises BadInput if it is missing, begins with a byte order mark, or is not text.
+    """
     require_file(path, role)
     content = read_bytes(path)
     if content.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -1912,8 +1923,8 @@ def odd_training_lines(dataset):
     second = order[again + 1]
     same_speaker = dataset.labels[first] == dataset.labels[second]
     faults = {
-        'files are there under two speakers, so one is wrong': ~same_speaker,
-        'files are there more than once': same_speaker,
+        'files are listed under two speakers, so one of the two is wrong': ~same_speaker,
+        'files are listed more than once': same_speaker,
     }
     for fault, chosen in faults.items():
         if chosen.any():

@@ -38,7 +38,7 @@ class AAMsoftmax(nn.Module):
         return len(state['weight']) or None
 
     def forward(self, x, label):
-        """Returns (loss, top-1 accuracy in percent) of embeddings x (B, size) with label (B,).
+        """Returns (loss, top-1 accuracy (1,) in percent) of embeddings x (B, size), labels (B,).
 
         The accuracy is that of the logits with the margin, so it is lower than the share of
         embeddings whose own speaker is the nearest.

@@ -36,8 +36,9 @@ class PreEmphasis(nn.Module):
 class FbankAug(nn.Module):
     """SpecAugment (Park et al., Interspeech 2019), without time warping.
 
-    Zeroes one range of mel bands and one range of frames in each utterance. Widths are drawn from
-    [first, second) of the two ranges, in mel bands and in frames.
+    Zeroes some neighbouring mel bands and some neighbouring frames in each utterance. How many is
+    drawn from freq_mask_width (mel bands) and time_mask_width (frames), each (low, high) with high
+    excluded.
     """
 
     def __init__(self, freq_mask_width=(0, 8), time_mask_width=(0, 10)):
@@ -66,7 +67,7 @@ class FbankAug(nn.Module):
 
 
 class Bottle2neck(nn.Module):
-    """SE-Res2 block (paper, section 3.1): (B, inplanes, T) -> (B, planes, T), added to its input.
+    """SE-Res2 block (paper, section 3.2): (B, inplanes, T) -> (B, planes, T), added to its input.
 
     The channels are cut into `scale` groups. All but the last go through a chain of dilated
     convolutions, each of which gets its own group plus the output of the convolution before it.
@@ -186,7 +187,7 @@ class Encoder(nn.Module):
 class ECAPA_TDNN(Encoder):
     """Speaker encoder with C channels in the frame-level layers; C must be a multiple of 8."""
 
-    pooled = 1536  # channels whose means and standard deviations over time are the utterance's
+    pooled = 1536  # channels that are pooled over time
 
     def __init__(self, C):
         super().__init__()
@@ -241,7 +242,7 @@ class ECAPA_TDNN(Encoder):
             return self.bn6(self.fc6(self.bn5(x)))  # (B, 192)
 
     def pool(self, x, mask=None):
-        """Pools x (B, 1536, T) by attentive statistics with global context (paper, section 3.2).
+        """Pools x (B, 1536, T) by attentive statistics with global context (paper, section 3.1).
 
         Returns the weighted means and standard deviations, float32 (B, 3072).
         """
@@ -283,7 +284,8 @@ def encoder_of(state):
         C = network.channels_of(state)
         if C is None:
             continue
-        # A network that was made from another one has tensors of other names.
+        # Networks that were derived from one another may accept the same state dict. The right one
+        # has the fewest tensor names that do not match.
         with torch.device('meta'):
             others = len(network(C).state_dict().keys() ^ state.keys())
         if others < fewest:
@@ -386,7 +388,8 @@ class NormOfAll(torch.autograd.Function):
     the variance. Returns (x normalised, mean, biased variance), the last two (channels,) without
     gradients. Raises RuntimeError if the sizes differ.
 
-    Each pass has one exchange. Only x is kept for the backward pass, in its own type.
+    Each pass has one exchange. Of the large tensors only x is kept for the backward pass, in its
+    own type.
     """
 
     @staticmethod

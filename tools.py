@@ -483,7 +483,7 @@ def compare_processes(options, args):
         if others:
             differences.append(f'{name}: {value} and {others[0]}')
     if differences:
-        lines = ['the processes of this training differ:', *differences]
+        lines = ['the processes that run together differ:', *differences]
         lines.append(
             'Give all machines the same command, commit and lists, and a --save_path that they '
             'share.'
@@ -511,10 +511,10 @@ class BadInput(Exception):
 def exit_on_bad_input(resume_hint=None):
     """Turns expected errors in the block into a message and exit status 2.
 
-    Expected are the errors that message_for knows, and processes that died; other errors are bugs
-    and keep their traceback. If nobody reads the output any more, the status is 141, without a
-    message. Of several processes, only the first one that fails prints its message.
-    resume_hint: see end_on_signals.
+    The expected errors are those that message_for knows, and those that follow when another process
+    has died. Other errors are bugs and keep their traceback. If nobody reads the output any more,
+    the status is 141, without a message. Of several processes, only the first one that fails prints
+    its message. resume_hint: see end_on_signals.
     """
     prepare_streams()
     with end_on_signals(resume_hint):
@@ -667,9 +667,9 @@ def message_for(error):
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return f'{error.strerror} (standard output, a file or a pipe of this process)'
     if isinstance(error, MemoryError):
-        return f'{first_line(error)}\nUse a smaller --batch_size, or shorter crops.'
+        return f'{first_line(error)}\nIn training, use a smaller --batch_size, or shorter crops.'
     if isinstance(error, RuntimeError) and re.search(MEMORY, str(error)):
-        return f'{first_line(error)}\nUse a smaller --batch_size, or --accumulate.'
+        return f'{first_line(error)}\nIn training, use a smaller --batch_size, or --accumulate.'
     return None
 
 
@@ -720,8 +720,8 @@ def why_not_together(error):
     if not parts.intersection(exchanging):
         return None
     return (
-        f'another process of this training has ended, or has not answered for {TIMEOUT / 60:.0f} '
-        f'minutes ({first_line(error)}); torchrun names it'
+        f'another of the processes that run together has ended, or has not answered for '
+        f'{TIMEOUT / 60:.0f} minutes ({first_line(error)}); torchrun names it'
     )
 
 

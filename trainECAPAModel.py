@@ -39,7 +39,10 @@ from tools import BadInput, first_process_first, in_range, process_count, proces
 
 
 def make_parser():
-    """Makes the parser; options have the names and defaults of the published code, except paths."""
+    """Makes the parser. The published options keep their names and, but for a few, their defaults.
+
+    The exceptions are paths, --n_cpu and --n_class.
+    """
     parser = argparse.ArgumentParser(
         description='Train and score ECAPA-TDNN speaker verification.',
         epilog='@FILE reads options from a recipe; options after it on the command line take '
@@ -59,7 +62,7 @@ def make_parser():
     add('--max_epoch', type=in_range(int, 1), default=80, help='number of epochs')
     add('--batch_size', type=in_range(int, 2), default=400, help='utterances in a step')
     add('--test_step', type=in_range(int, 1), default=1,
-        help='save, test and reduce the learning rate every N epochs')
+        help='save and test every N epochs; --schedule step also reduces the learning rate then')
     add('--optimizer', choices=('adam', 'sgd'), default='adam', help='sgd: Nesterov momentum 0.9')
     add('--weight_decay', type=in_range(float, 0), default=2e-5, help='L2 penalty on all weights')
     add('--clip', type=in_range(float, 0), default=0.0,
@@ -109,9 +112,10 @@ def make_parser():
         metavar=('FROM', 'TO'), help='epochs between which the margin grows to --m')
     add('--s', '--scale', type=in_range(float, 0), default=30, help='scale of AAM-softmax')
     add('--n_class', type=in_range(int, 1),
-        help='number of speakers; without it that of --train_list')
+        help='number of classes (default: one for each speaker of --train_list, or three with '
+        '--speed_perturb)')
     add('--keep_classifier', action='store_true',
-        help='keep the classifier of --initial_model; stop if its number of speakers is another')
+        help='keep the classifier of --initial_model; stop if it does not fit --train_list')
 
     add = parser.add_argument_group('results').add_argument
     add('--save_path', default='exps/exp1', help='folder of the results: score.txt and model/')
@@ -126,7 +130,7 @@ def make_parser():
 
 
 def main(argv=None):
-    """Runs the command; exit status 2, with a message, for input that cannot be used."""
+    """Runs the command. Exits with status 2 and a message if the input cannot be used."""
     args = None
     with lossy_log(), tools.exit_on_bad_input(lambda: resume_hint(args)):
         # Read the options, and join the other processes.
@@ -176,7 +180,7 @@ def train(args):
         done, scores = resume_or_begin(run, args)
         open_records(run, done, args)
         if done.loss is not None and done.epoch not in [score[0] for score in scores]:
-            # The last run ended after it had saved this epoch, and before it scored it.
+            # The run was stopped between saving this epoch and scoring it.
             score_epoch(run, done, scores, args)
 
         # Train an epoch, save it, score it.
@@ -268,7 +272,7 @@ def split_recipe_line(line):
 
 
 def write_options(args):
-    """Writes SAVE_PATH/options.txt, which @ can read: the options, and the versions in comments."""
+    """Writes SAVE_PATH/options.txt: a recipe of the options; commit and versions are comments."""
     facts = tools.provenance(args.command)
     lines = [f'# command {facts["command"]}', f'# commit {facts["commit"]}']
     lines += [f'# {name} {version}' for name, version in facts['versions'].items()]
@@ -285,17 +289,19 @@ def write_options(args):
     tools.write_text(os.path.join(args.save_path, 'options.txt'), '\n'.join(lines) + '\n')
 
 
-def build_system(args, speakers):
-    """Builds the system for a training list of `speakers` speakers.
+def build_system(args, classes):
+    """Builds the system for a training list that needs `classes` classes.
+
+    That is one class for each speaker, or three with --speed_perturb.
 
     Returns (ECAPAModel, weights of --initial_model or None). Raises BadInput for options that
     contradict each other, the list or --initial_model.
     """
-    check_options(args, speakers)
+    check_options(args, classes)
 
     # Take the sizes from --initial_model, from the options or from the list.
     C = args.C
-    n_class = args.n_class or speakers
+    n_class = args.n_class or classes
     weights = None
     if args.initial_model:
         dataLoader.require_file(args.initial_model, '--initial_model')
@@ -314,7 +320,7 @@ def build_system(args, speakers):
         C = found['C']
         if args.keep_classifier:
             n_class = found['n_class']
-            check_classifier(args, n_class, speakers)
+            check_classifier(args, n_class, classes)
     C = C or 1024
 
     torch.manual_seed(args.seed)
@@ -326,8 +332,9 @@ def build_system(args, speakers):
 def check_description(system, args):
     """Checks, before training, that checkpoints of the system will be readable.
 
-    Raises BadInput if they would be read as checkpoints of another encoder or loss, or if several
-    processes train and a batch norm does not see the batches of all.
+    Raises BadInput if they would be read as checkpoints of another encoder, or of another number of
+    channels or classes, or if several processes train and a batch norm sees only the batch of its
+    own process.
     """
     foreign = foreign_batch_norms(system.speaker_encoder)
     if foreign and process_count() > 1:
@@ -345,17 +352,17 @@ def check_description(system, args):
     if found['n_class'] not in (0, system.n_class):
         raise BadInput(
             f'--loss {args.loss}: its checkpoints would be read as {found["loss"]} of '
-            f'{found["n_class"]} speakers; see classes_of in loss.py, and give its tensors other '
+            f'{found["n_class"]} classes; see classes_of in loss.py, and give its tensors other '
             'names'
         )
 
 
-def check_options(args, speakers):
-    """Raises BadInput if options contradict each other or a list of `speakers` speakers."""
-    if args.n_class and args.n_class < speakers:
+def check_options(args, classes):
+    """Raises BadInput if options contradict each other or a list that needs `classes` classes."""
+    if args.n_class and args.n_class < classes:
         raise BadInput(
-            f'--n_class {args.n_class} is too small: {args.train_list} has {speakers} speakers; '
-            'leave it out'
+            f'--n_class {args.n_class} is too small: {args.train_list} needs {classes} classes '
+            '(one for each speaker, or three with --speed_perturb); leave it out'
         )
     if args.keep_classifier and not args.initial_model:
         raise BadInput(
@@ -363,8 +370,8 @@ def check_options(args, speakers):
         )
     if args.batch_size < 2 * args.accumulate * process_count():
         raise BadInput(
-            f'--accumulate {args.accumulate}: every part of a batch must have 2 utterances, for '
-            'batch norm'
+            f'--batch_size {args.batch_size}: every part of a batch must have at least 2 '
+            f'utterances, for batch norm; a batch has {args.accumulate * process_count()} parts'
         )
     if args.warmup >= args.max_epoch:
         raise BadInput(f'--warmup {args.warmup:g} must be below --max_epoch {args.max_epoch}')
@@ -375,16 +382,16 @@ def check_options(args, speakers):
         raise BadInput(f'--margin_epochs {begin:g} {end:g}: the first must be at most the second')
 
 
-def check_classifier(args, trained, speakers):
-    """Raises BadInput unless a classifier of `trained` classes can be used for `speakers`.
+def check_classifier(args, trained, classes):
+    """Raises BadInput unless a classifier of `trained` classes can be used for `classes`.
 
     After --speed_perturb, the first third of its classes are the speakers at normal speed.
     """
-    if trained not in (speakers, 3 * speakers):
+    if trained not in (classes, 3 * classes):
         raise BadInput(
-            f'--keep_classifier: {args.initial_model} was trained on {trained} speakers, '
-            f'{args.train_list} has {speakers}; the numbers must be equal, or the first must be '
-            'three times the second (if the checkpoint was trained with --speed_perturb)'
+            f'--keep_classifier: {args.initial_model} has {trained} classes, {args.train_list} '
+            f'needs {classes}; the numbers must be equal, or the first must be three times the '
+            'second (if only the checkpoint was trained with --speed_perturb)'
         )
 
 
@@ -414,7 +421,7 @@ def print_plan(run, args):
         f'evaluation    {count:,} trials over {len(paths):,} files ({", ".join(args.eval_list)})\n'
         f'an epoch      {len(run.loader):,} steps of {args.batch_size} utterances\n'
         f'parameters    {encoder:,} in the encoder, {classifier:,} in the classifier of '
-        f'{system.n_class:,} speakers'
+        f'{system.n_class:,} classes'
     )
     if args.max_epoch % args.test_step:
         say(
@@ -426,22 +433,22 @@ def print_plan(run, args):
 
 
 def check_disk_space(args, size):
-    """Raises BadInput if --save_path has no space for a checkpoint of `size` bytes.
+    """Raises BadInput if --save_path has no space for two checkpoints of `size` bytes and states.
 
-    Prints a warning if it has space for one checkpoint, but not for all those of the run.
+    Prints a warning if it has space for these, but not for all checkpoints of the run.
     """
     folder = tools.check_writable(args.save_path, '--save_path')
     models = args.keep
     if not models:
         saved = saved_models(f'{args.save_path}/model')
         models = max(0, args.max_epoch // args.test_step - len(saved))
-    # A .state is twice as large as a model. Two of them stay while a third one is written.
+    # A .state is at most twice as large as a model. Two states stay while a third one is written.
     least = size * (2 + 6)
     wanted = size * (models + 6)
     free = shutil.disk_usage(folder).free
     room = f'{free / 1e9:.2f} GB are free in --save_path {args.save_path}'
     if free < least:
-        raise BadInput(f'{room}, and a checkpoint and its state need {least / 1e9:.2f} GB')
+        raise BadInput(f'{room}, and the newest checkpoints and states need {least / 1e9:.2f} GB')
     if free < wanted:
         say(
             f'WARNING       {room}, and the run needs {wanted / 1e9:.2f} GB; with --keep N '
@@ -455,8 +462,8 @@ def check_disk_space(args, size):
 def run_identity(system, dataset, trials, args):
     """Returns {option: value} of the options that change the numbers of a run.
 
-    These are all that are not in tools.HARMLESS. Lists are represented by their contents, MUSAN and
-    RIRs by their numbers of files.
+    These are all that are not in tools.HARMLESS, without --max_epoch if the schedule is step. Lists
+    are represented by their contents, MUSAN and RIRs by their numbers of files.
     """
     identity = {name: value for name, value in vars(args).items() if name not in tools.HARMLESS}
     if args.schedule == 'step':
@@ -481,7 +488,7 @@ def run_identity(system, dataset, trials, args):
 
 
 def digests(trial_lists):
-    """Returns a text that identifies trial lists by their contents."""
+    """Returns a string that identifies trial lists by their contents."""
     return ' '.join(f'SHA-256 {trials.sha256[:16]}' for trials in trial_lists)
 
 
@@ -616,7 +623,7 @@ class Log:
 
 @contextlib.contextmanager
 def lossy_log():
-    """Drops text that cannot be printed in the block; a log must not end a training."""
+    """Drops text that cannot be printed in the block; a log must not end a training run."""
     tools.prepare_streams()
     out = Log(sys.stdout)
     err = Log(sys.stderr)
@@ -630,8 +637,8 @@ def lossy_log():
 def epoch_line(done, starts, max_epoch, share_idle, replaced):
     """Returns the log line of an epoch: figures, minutes and, after two epochs, the expected end.
 
-    starts: when each epoch of this process began; share_idle: share of the training's time in which
-    the device waited for data; replaced: number of replaced utterances.
+    starts: when each epoch of this process began; share_idle: share of this epoch's
+    training time in which the device waited for data; replaced: number of replaced utterances.
     """
     line = f'{now()} epoch {done.epoch}, LR {done.lr:f}, LOSS {done.loss:f}, '
     line += f'ACC {done.accuracy:2.2f}%, {(time.time() - starts[-1]) / 60:.1f} min, '
@@ -673,19 +680,24 @@ def save_bad_batch(error, loader, args):
     ]
     if len(files) > 20:
         lines.append(f'and {len(files) - 20} more')
-    lines.append('Check these files, or reduce --lr, and run the same command again.')
+    lines.append(
+        'Check these files and run the same command again; or reduce --lr and add --force, '
+        'because the options of the run then change.'
+    )
     return BadInput('\n'.join(lines))
 
 
 def resume_hint(args):
     """Returns text that says after which epoch the same command continues, for end_on_signals.
 
-    args: None before the options are read. Returns '' unless this is a training.
+    args: None before the options are read. Returns '' unless this is a training run.
     """
     if args is None or args.eval or args.check:
         return ''
     epochs = saved_models(os.path.join(args.save_path, 'model')).values()
-    return f': the same command continues after epoch {max(epochs, default=0)}, the last saved'
+    if not epochs:
+        return ': no epoch was saved yet, so the same command begins again'
+    return f': the same command continues after epoch {max(epochs)}, the last saved'
 
 
 # Processes.
@@ -695,7 +707,7 @@ def join_processes(args):
     """Joins the processes that torchrun started, each on its own GPU if there are GPUs.
 
     Raises BadInput for a --device or a number of processes that does not fit the GPUs, and if
-    another program than torchrun started several processes: each would train by itself.
+    a program other than torchrun started several processes: each would train by itself.
     """
     if 'TORCHELASTIC_RUN_ID' not in os.environ:
         refuse_other_launchers()
@@ -743,7 +755,7 @@ LAUNCHERS = {
 
 
 def refuse_other_launchers():
-    """Raises BadInput if another program than torchrun started several processes."""
+    """Raises BadInput if a program other than torchrun started several processes."""
     for name, largest in LAUNCHERS.items():
         value = os.environ.get(name, '')
         if value.isdecimal() and int(value) > largest:

@@ -1,4 +1,4 @@
-"""Averages checkpoints of one run; the mean is often better than each of them.
+"""Averages checkpoints of one run; the mean is often better than any of them.
 
     python -m exps.average exps/exp1/model --last 10 --out exps/exp1/average.model
     python -m exps.average exps/exp1/model/model_0070.model exps/exp1/model/model_0080.model \
@@ -21,7 +21,7 @@ from tools import BadInput, exit_on_bad_input, write_whole
 
 
 def main(argv=None):
-    """Runs the script; exit status 2, with a message, for input that cannot be used."""
+    """Runs the script. Exits with status 2 and a message if the input cannot be used."""
     parser = argparse.ArgumentParser(
         prog='python -m exps.average', description='Average checkpoints of one run.'
     )
@@ -42,7 +42,7 @@ def average(models, last, out, half=False):
     tensors differ in shape, or if `out` exists.
     """
     if os.path.exists(out):
-        raise BadInput(f'--out {out} is there already; remove it or choose another name')
+        raise BadInput(f'--out {out} already exists; remove it or choose another name')
     paths = newest(models[0], last) if os.path.isdir(models[0]) else models
     if len(models) > 1 and paths is not models:
         raise BadInput(f'{models[0]}: is a folder; give one folder, or checkpoints')
@@ -77,7 +77,9 @@ def newest(folder, count):
     """Returns the paths of the `count` newest checkpoints of a folder, the oldest first."""
     paths = list(saved_models(folder))
     if not 0 < count <= len(paths):
-        raise BadInput(f'{folder}: holds {len(paths)} checkpoints, --last is {count}; choose fewer')
+        raise BadInput(
+            f'{folder}: holds {len(paths)} checkpoints, so --last {count} is not possible'
+        )
     return paths[:count][::-1]
 
 
@@ -85,7 +87,8 @@ def half_precision(weights, path):
     """Returns a state dict, read from `path`, with the matrices of all layers in float16.
 
     Vectors stay in float32: they are small, and the variances of batch norms may be outside of
-    float16's range. Filters and counters are left out, as they are the same in every model.
+    float16's range. Filters, which are the same in every model, and counters, which nothing
+    uses, are left out.
     """
     system = model_of(weights, path, device='cpu')
     parameters = dict(system.named_parameters())

@@ -24,13 +24,13 @@ from dataLoader import speakers_of
 from exps import scoring
 from tools import BadInput
 
-FEWEST = 30  # with fewer trials of a kind, a fit says nothing
+FEWEST = 30  # with fewer target or non-target trials, a fit says nothing
 CALIBRATED = ('Cllr', 'minCllr')  # of natural log-likelihood ratios
 FIGURES = (*tools.FIGURES, *CALIBRATED, 'actDCF(0.01)', 'actDCF(0.05)')
 
 
 def main(argv=None):
-    """Runs the script; exit status 2, with a message, for input that cannot be used."""
+    """Runs the script. Exits with status 2 and a message if the input cannot be used."""
     parser = argparse.ArgumentParser(
         prog='python -m exps.calibrate',
         description='Fit log-likelihood ratios to scores of --eval.',
@@ -96,9 +96,9 @@ def check_fit(path, kind, labels, scores):
     """Raises BadInput if nothing can be fitted to the scores (N,) of a list."""
     targets = int(labels.sum())
     if min(targets, len(labels) - targets) < FEWEST:
-        raise BadInput(f'--fit: {path}: a fit needs at least {FEWEST} trials of each kind')
+        raise BadInput(f'--fit: {path}: a fit needs {FEWEST} target and {FEWEST} non-target trials')
     if scores.min() == scores.max():
-        raise BadInput(f'--fit: {path}: all {kind} scores are equal; they tell nothing')
+        raise BadInput(f'--fit: {path}: all {kind} scores are equal and mean nothing')
 
 
 def find_list(lists, name, folder):
@@ -250,7 +250,7 @@ def read_calibration(folder):
         for name in ('kind', 'weight', 'bias', 'threshold', 'list', 'checkpoint', 'options'):
             calibration[name]
     except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f'{path}: exps.calibrate did not write it; move it away') from error
+        raise BadInput(f'{path}: not written by exps.calibrate; move it') from error
     return calibration
 
 

@@ -6,7 +6,7 @@ Each path stands for its folder. The script reads score.txt (training) and resul
 it, and shows the published run too. `--markdown` prints the tables for a paper or a README.
 
 Experiments that scored the same trials are compared in pairs: a table shows how their figures
-differ from those of the first experiment, or of --baseline, with an interval of 95 %. For both
+differ from those of the first experiment, or of --baseline, with a 95 % interval. For both
 experiments the same speakers are drawn (scoring.replicate_figures). If an interval contains 0,
 these trials cannot tell the two experiments apart.
 
@@ -74,7 +74,7 @@ PUBLISHED_LISTS = {
 
 
 class Experiment(NamedTuple):
-    """The folder of a run, the lines of its score.txt, and its results.json: {list: entry}."""
+    """The folder of one run, the lines of its score.txt, and its results.json: {list: entry}."""
 
     folder: str
     epochs: list
@@ -82,7 +82,7 @@ class Experiment(NamedTuple):
 
 
 class Run(NamedTuple):
-    """The scores of an experiment on one list.
+    """The scores of one run on one list.
 
     path, entry: the list's in results.json; labels: (N,); scores: {kind: (N,)}; names: [(enrolment,
     test)].
@@ -136,7 +136,7 @@ class Sample(NamedTuple):
 
 
 def main(argv=None):
-    """Runs the script; exit status 2, with a message, for input that cannot be used."""
+    """Runs the script. Exits with status 2 and a message if the input cannot be used."""
     parser = argparse.ArgumentParser(
         prog='python -m exps.compare', description='Compare experiments.'
     )
@@ -323,7 +323,7 @@ def read_runs(experiment):
         run = Run(path, entry, *read_list_scores(experiment.folder, path, entry))
         for kind, scores in run.scores.items():
             if scores.min() == scores.max():
-                note(f'{experiment.folder}: {path}: all {kind} scores are equal; they tell nothing')
+                note(f'{experiment.folder}: {path}: all {kind} scores are equal and mean nothing')
         runs.append(run)
     if without_scores:
         lists = ', '.join(without_scores)
@@ -357,7 +357,7 @@ def sort_by_list(runs):
 
 
 def trials_of(run):
-    """Returns a text that identifies the trials of a run by files and labels, in any order."""
+    """Returns a string that identifies the trials of a run by files and labels, in any order."""
     if run.entry.get('options', {}).get('enrol_list'):
         return run.entry['sha256']  # a trial has the model's name, not its utterances
     targets = trial_set([name for name, label in zip(run.names, run.labels) if label])
@@ -558,7 +558,7 @@ def difference_rows(samples, baseline):
 
 
 def differences(sample, baseline):
-    """Returns cells: the differences of FIGURES from a baseline, with intervals of 95 %."""
+    """Returns cells: the differences of FIGURES from a baseline, with 95 % intervals."""
     intervals = difference_intervals(sample, baseline)
     values = sample.values()
     baseline_values = baseline.values()

@@ -63,7 +63,7 @@ SETTINGS = 'settings.json'  # in --out
 
 
 def main(argv=None):
-    """Runs the script; exit status 2, with a message, for input that cannot be used."""
+    """Runs the script. Exits with status 2 and a message if the input cannot be used."""
     parser = argparse.ArgumentParser(
         prog='python -m exps.conditions',
         description='Write the files of a trial list in other conditions.',
@@ -171,7 +171,7 @@ def unchanged(samples, rng):
 
 
 def coded(codec, samples, rng):
-    """Sends samples through a telephone codec and band, or another codec at its lowest rate."""
+    """Sends samples through a telephone codec and band, or another codec at a low bit rate."""
     return through_codec(samples, codec, codec.levels and codec.levels[1], codec.rate != RATE)
 
 
@@ -245,7 +245,10 @@ def settings_of(args):
 
 
 def refuse_other_settings(settings, out):
-    """Adds the settings with which a folder was written. Raises BadInput if one is different."""
+    """Raises BadInput if a folder was written with other settings.
+
+    Adds the settings of earlier commands to `settings` (for example snr).
+    """
     path = os.path.join(out, SETTINGS)
     if not os.path.exists(path):
         return

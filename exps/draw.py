@@ -26,7 +26,7 @@ def draw_all(experiments, samples, folder):
     for (path, kind), by_name in samples.items():
         for name, sample in by_name.items():
             label = f'{name}, {kind}'
-            curve = label if len(sample.figures) == 1 else f'{label}, the first'
+            curve = label if len(sample.figures) == 1 else f'{label}, first seed'
             scores_of.setdefault(path, {})[curve] = sample.scores, sample.labels
             if sample.replicates is not None:
                 eer = sample.values()['EER']
@@ -135,7 +135,7 @@ def draw_intervals(path, rows):
         axes.plot([], [], 'o-', color=colour, label=name)
 
     axes.set_yticks(range(len(rows)), list(rows))
-    axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel='EER (%) and its interval of 95 %')
+    axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel='EER (%) with 95 % interval')
     axes.grid(alpha=0.3)
     if len(every_series) > 1:
         axes.legend()

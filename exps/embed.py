@@ -4,7 +4,7 @@
 
 writes `names` (N,) and unit vectors `embeddings` (N, 192) of all files below a folder, or of those
 in a text file with one path per line. Without --initial_model it uses the model in exps/open. The
-recordings may have any format, rate and number of channels that soundfile reads; notes tell what is
+recordings may have any format, rate and number of channels that soundfile reads; notes say what is
 converted. `load_model(MODEL).embed(paths)` does the same in Python.
 """
 
@@ -35,7 +35,7 @@ OPEN_MODEL = os.path.join(OPEN, 'open.model')
 
 
 def main(argv=None):
-    """Runs the script; exit status 2, with a message, for input that cannot be used."""
+    """Runs the script. Exits with status 2 and a message if the input cannot be used."""
     parser = argparse.ArgumentParser(
         prog='python -m exps.embed',
         description='Write embeddings of recordings.',
@@ -52,10 +52,10 @@ def main(argv=None):
 def embed(args):
     """Writes args.out with the files that can be used.
 
-    Raises BadInput if it is there already, and afterwards if files cannot be used.
+    Raises BadInput if it exists, and afterwards if files cannot be used.
     """
     if os.path.exists(args.out):
-        raise BadInput(f'--out {args.out} is there already; remove it or choose another name')
+        raise BadInput(f'--out {args.out} already exists; remove it or choose another name')
     folder = os.path.dirname(args.out) or '.'
     check_writable(folder, '--out')
     paths = list_files(args.files)
@@ -71,7 +71,7 @@ def embed(args):
     os.makedirs(folder, exist_ok=True)
     write_whole(args.out, lambda file: np.savez(file, names=names, embeddings=vectors))
     print(f'{args.out}: {len(names):,} embeddings of {vectors.shape[1]} numbers')
-    # The embeddings of usable files are written; the exit status tells that some are missing.
+    # The embeddings of usable files are written; the exit status shows that some are missing.
     raise_if_any(list(faults.values()), len(paths))
 
 

@@ -8,7 +8,8 @@ Without a checkpoint it writes the model in exps/open.
 Input `waveform`, float32 (batch, samples): 16 kHz, mono, in [-1, 1], at least 257 samples. All
 utterances of a batch have the same length, because padding with zeros changes an embedding. Output
 `embedding`, float32 (batch, 192): unit embeddings of whole utterances, as exps.embed writes them.
-The opset is 17. The metadata contain this, the SHA-256 of the checkpoint, the commit and versions.
+The opset is 17. The metadata describe the input and name the checkpoint, its SHA-256, the command,
+the commit and versions.
 
 The file is written only if onnxruntime gives the same embeddings as PyTorch, within 1e-4, at five
 lengths from 0.3 to 30 s, and an error for input with fewer than 257 samples.
@@ -36,7 +37,7 @@ BOUND = 1e-4
 
 
 def main(argv=None):
-    """Runs the script; exit status 2, with a message, for input that cannot be used."""
+    """Runs the script. Exits with status 2 and a message if the input cannot be used."""
     parser = argparse.ArgumentParser(
         prog='python -m exps.export', description='Write a checkpoint as an ONNX file.'
     )
@@ -60,7 +61,7 @@ def export(args):
 
     # Make the ONNX file in memory.
     if os.path.exists(args.out):
-        raise BadInput(f'--out {args.out} is there already; remove it or choose another name')
+        raise BadInput(f'--out {args.out} already exists; remove it or choose another name')
     if args.model == OPEN_MODEL:
         introduce_open_model()
     require_file(args.model, 'MODEL')
@@ -70,7 +71,8 @@ def export(args):
     onnx.helper.set_model_props(graph, metadata(args, sha256))
     content = graph.SerializeToString()
 
-    # Compare it with PyTorch. A process that is forked from this one would wait for its threads.
+    # Compare it with PyTorch. With several threads, a process that is forked later would wait for
+    # threads that it does not have.
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = 1
     settings.log_severity_level = 4  # do not log the error that is provoked below

@@ -40,7 +40,7 @@ PAIRS = 1000000  # of a recording and a person, scored at a time
 
 
 def main(argv=None):
-    """Runs the script; exit status 2, with a message, for input that cannot be used."""
+    """Runs the script. Exits with status 2 and a message if the input cannot be used."""
     parser = argparse.ArgumentParser(
         prog='python -m exps.identify',
         description='Name the people in recordings.',
@@ -56,7 +56,7 @@ def main(argv=None):
         default=0.5,
         help='prior probability that the speaker is one of the people',
     )
-    add('--save_path', help='folder of calibration.json; without it that of the run')
+    add('--save_path', help="folder of calibration.json (default: the model's)")
     add_model_options(parser)
     args = parser.parse_args(argv)
     with exit_on_bad_input():
@@ -82,17 +82,17 @@ def identify(args):
 
     kind = calibration['kind'] if calibration else 'raw'
     write_csv(args, usable, list(people), scores[kind], calibration)
-    # The results of usable recordings are written; the exit status tells that some are missing.
+    # The results of usable recordings are written; the exit status shows that some are missing.
     raise_if_any(faults, len(files) + sum(map(len, people.values())))
 
 
 def check_out(out):
-    """Raises BadInput if --out is there already or cannot be written."""
+    """Raises BadInput if --out exists or cannot be written."""
     if not out:
         return
     folder = os.path.dirname(out) or '.'
     if os.path.exists(out):
-        raise BadInput(f'--out {out} is there already; remove it or choose another name')
+        raise BadInput(f'--out {out} already exists; remove it or choose another name')
     if not os.path.isdir(folder):
         raise BadInput(f'--out {out}: there is no such folder')
     check_writable(folder, '--out')

@@ -35,7 +35,7 @@ MOST_TARGETS = 20000  # trials of the same speaker, unless the list is exhaustiv
 
 
 def main(argv=None):
-    """Runs the script; exit status 2, with a message, for input that cannot be used."""
+    """Runs the script. Exits with status 2 and a message if the input cannot be used."""
     parser = argparse.ArgumentParser(
         prog='python -m exps.lists',
         description='Make a training list and a trial list from folders of speakers.',
@@ -51,7 +51,7 @@ def main(argv=None):
     add(
         '--exhaustive',
         action='store_true',
-        help='trials of all pairs, not equally many of each kind',
+        help='use all pairs as trials (default: as many non-target as target trials)',
     )
     add(
         '--seed',
@@ -85,7 +85,7 @@ def make_lists(folder, out, test_speakers=None, exhaustive=False, seed=10, speak
     for name in ('train_list.txt', 'trials.txt', 'left_out.txt'):
         path = os.path.join(out, name)
         if os.path.exists(path):
-            raise BadInput(f'{path} is there already; remove it or choose another --out')
+            raise BadInput(f'{path} already exists; remove it or choose another --out')
 
     # Read all files, and sort out those that cannot be used.
     inspections, unread = inspect_folder(folder)

@@ -242,7 +242,7 @@ def embed_speakers(system, files):
 
 
 def cohort_key(system, checkpoint, files):
-    """Returns a text that changes if anything changes that the cohort is made from.
+    """Returns a string that changes if anything that the cohort is made from changes.
 
     It depends on the weights, the arithmetic, and the files with their sizes and times.
     """
@@ -311,8 +311,8 @@ def score_kinds(embeddings, pairs, cohort=None, top_n=None, subtract_mean=False)
 def vectors_of_kinds(embeddings, cohort, subtract_mean):
     """Yields (kind, embeddings, cohort) for 'raw' and, with subtract_mean, for 'centred'.
 
-    For 'centred', the mean of the cohort is subtracted from both vectors of files and of the
-    cohort, and the results are normalised.
+    For 'centred', the mean of the cohort is subtracted from both vectors of each file and of each
+    cohort speaker, and the results are scaled to length 1.
     """
     yield 'raw', unit_whole(embeddings), cohort
     if subtract_mean:
@@ -357,8 +357,8 @@ def cohort_moments(embeddings, cohort, top_n):
     # Written so that NaN is refused too.
     if not moments[1].min() > 0:
         raise BadInput(
-            'the cohort cannot normalise: all its speakers have the same score; give a list of '
-            'more speakers, or a larger --top_n'
+            'the cohort cannot normalise: the --top_n speakers closest to a file all have the same '
+            'score; give a list of more speakers, or a larger --top_n'
         )
     return moments
 
@@ -367,7 +367,7 @@ def cohort_moments(embeddings, cohort, top_n):
 
 
 def add_intervals(results, trial_lists):
-    """Adds the 'interval' of 95 %, [low, high], to each figure in the results of score_lists.
+    """Adds the 95 % 'interval', [low, high], to each figure in the results of score_lists.
 
     Prints a note for each list or figure without an interval.
     """
@@ -440,7 +440,7 @@ def replicate_figures(scores, labels, speakers, draws, title=None):
 
 
 def intervals_of(values, replicates, others, speakers):
-    """Returns {figure: [low, high]}, intervals of 95 % of the FIGURES of a list.
+    """Returns {figure: [low, high]}, 95 % intervals of the FIGURES of a list.
 
     values: {figure: value}; replicates: (replicates, 3); others: how many non-target trials there
     are; speakers: how many speakers. Figures are left out if why_no_interval gives a reason.
@@ -470,7 +470,7 @@ def why_no_interval(name, value, others):
 
 
 def figure_interval(value, replicates, speakers, most):
-    """Returns [low, high], the interval of 95 % of an EER or a minDCF; NaN is left out.
+    """Returns [low, high], the 95 % interval of an EER or a minDCF; NaN is left out.
 
     replicates: (R,), of the figure; most: the largest value that it can have. An error rate varies
     by a factor, so the interval is that of Student's t distribution for its logarithm.
@@ -489,10 +489,10 @@ def figure_interval(value, replicates, speakers, most):
 
 
 def difference_interval(replicates, speakers):
-    """Returns [low, high], the interval of 95 % of a difference of figures; NaN is left out.
+    """Returns [low, high], the 95 % interval of a difference of figures; NaN is left out.
 
-    replicates: (R,), of the difference; these are percentiles of them. They need no correction: the
-    two figures have a similar bias.
+    replicates: (R,), of the difference. low and high are percentiles of the replicates. They need
+    no correction, because the two figures have a similar bias.
     """
     tail = 100 * ndtr(-expanded_quantile(speakers))
     low, high = np.nanpercentile(replicates, [tail, 100 - tail])
@@ -500,7 +500,7 @@ def difference_interval(replicates, speakers):
 
 
 def expanded_quantile(speakers):
-    """Returns how many deviations of the replicates an interval of 95 % reaches to each side.
+    """Returns how many deviations of the replicates a 95 % interval reaches to each side.
 
     Few speakers need more, because their replicates vary too little (Hesterberg, The American
     Statistician, 2015).
@@ -516,7 +516,7 @@ def say_figures(results, trial_lists):
     for trials, kinds in zip(trial_lists, results):
         for kind, scored in kinds.items():
             if scored.scores.min() == scored.scores.max():
-                say(f'WARNING       {trials.path}: all {kind} scores are equal; they tell nothing')
+                say(f'WARNING       {trials.path}: all {kind} scores are equal and mean nothing')
     say(figures_table(results, trial_lists))
 
 
@@ -580,7 +580,7 @@ def read_results(folder):
             for name in ('figures', 'scores', 'trials', 'checkpoint'):
                 entry[name]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f'{path}: this --eval did not write it; move it away') from error
+        raise BadInput(f'{path}: not written by this version of --eval; move it') from error
     return lists
 
 

@@ -6,7 +6,7 @@ prints their score. Without --initial_model it uses the model in exps/open. It d
 calibration.json of the experiment, which exps.calibrate wrote. If there is none for this
 checkpoint, it uses the thresholds at the EER of the lists that --eval scored. Give the options that
 were used then (--score_norm and so on). The recordings may have any format, rate and number of
-channels that soundfile reads; notes tell what is converted.
+channels that soundfile reads; notes say what is converted.
 """
 
 import argparse
@@ -30,7 +30,7 @@ DECISIONS = {True: 'the same speaker', False: 'different speakers'}
 
 
 def main(argv=None):
-    """Runs the script; exit status 2, with a message, for input that cannot be used."""
+    """Runs the script. Exits with status 2 and a message if the input cannot be used."""
     parser = argparse.ArgumentParser(
         prog='python -m exps.verify',
         description='Score two recordings, and decide.',
@@ -46,7 +46,7 @@ def main(argv=None):
     )
     add('--c_miss', type=in_range(float, 1e-6), default=1.0, help='cost of a miss')
     add('--c_fa', type=in_range(float, 1e-6), default=1.0, help='cost of a false acceptance')
-    add('--save_path', help='folder of calibration.json and results.json; without it the run')
+    add('--save_path', help="folder of calibration.json and results.json (default: the model's)")
     add_model_options(parser)
     args = parser.parse_args(argv)
     with exit_on_bad_input():
@@ -101,7 +101,7 @@ def decide(calibration, score, args):
         f'{fitted_on["path"]}'
     )
     after = expit(ratio + logit(args.p_target))
-    print(f'probability of the same speaker {after:.4f}, {args.p_target} before')
+    print(f'probability of the same speaker {after:.4f}, before the comparison {args.p_target}')
 
     same = bool(ratio > math.log(args.c_fa / args.c_miss) - logit(args.p_target))
     print(

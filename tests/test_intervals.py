@@ -90,14 +90,14 @@ def test_a_replicate_without_trials_of_both_kinds_is_left_out():
 
 
 def expanded_interval(values, speakers):
-    """Returns the interval of 95 % of replicates, as Hesterberg (2015) expands percentiles."""
+    """Returns the 95 % interval of replicates, as Hesterberg (2015) expands percentiles."""
     t = scipy.stats.t.ppf(0.975, speakers - 1) * np.sqrt(speakers / (speakers - 1))
     tail = 100 * scipy.stats.norm.sf(t)
     return np.nanpercentile(values, [tail, 100 - tail])
 
 
 def log_interval(value, values, speakers):
-    """Returns the interval of 95 % of a figure whose replicates are log-normal."""
+    """Returns the 95 % interval of a figure whose replicates are log-normal."""
     relative = np.nanstd(values) / np.nanmean(values)
 
     def miss(deviation):

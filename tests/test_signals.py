@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -50,9 +51,11 @@ def test_a_signal_at_any_moment_of_a_training_says_where_it_continues(
 
         assert status == 128 + number, message
         name = 'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'
-        saved = max(saved_models(tree['save_path'] + '/model').values(), default=0)
-        expected = f'stopped by {name}: the same command continues after epoch {saved}, the last '
-        assert message.splitlines() == ['', f'{expected}saved']
+        saved = saved_models(tree['save_path'] + '/model').values()
+        where = f'after epoch {max(saved)}, the last saved' if saved else 'no epoch was saved'
+        # On a busy machine, a line about slow loading may come before.
+        assert re.search(f'\nstopped by {name}: .*{where}.*\n$', message), message
+        assert 'Traceback' not in message
         for stream in ('stdout', 'stderr'):
             (tmp_path / stream).unlink()
 

@@ -233,7 +233,7 @@ def make_trials(files, rng):
 
 
 def claim(out, settings, last_file):
-    """Takes the folder for a corpus of these settings; returns whether it is there already.
+    """Takes the folder for a corpus of these settings; returns whether it already exists.
 
     Raises ValueError for a folder that holds something else, which is never touched.
     """
@@ -269,7 +269,7 @@ def make_corpus(out, train_speakers=64, test_speakers=20, utterances=8, seconds=
     out = Path(out)
     trial_list = out / 'VoxCeleb1/veri_test2.txt'  # written last
     if claim(out, settings, trial_list):
-        print(f'{out}: the corpus is there already')
+        print(f'{out}: the corpus already exists')
         return
 
     print(f'{out}: making {train_speakers} voices to train on and {test_speakers} to test on')
@@ -287,7 +287,7 @@ def make_corpus(out, train_speakers=64, test_speakers=20, utterances=8, seconds=
 
 
 def main(argv=None):
-    """Runs the command; exit status 2, with a message, for what cannot be made."""
+    """Runs the command. Exits with status 2 and a message if the corpus cannot be made."""
     parser = argparse.ArgumentParser(description='Make a corpus of synthetic voices to train on.')
     parser.add_argument('--out', required=True, help='folder of the corpus')
     parser.add_argument('--train_speakers', type=int, default=64, help='voices to train on (64)')
