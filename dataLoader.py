@@ -163,10 +163,12 @@ class train_loader(Dataset):
         self.codec_share = codec
         self.codecs = usable_codecs() if codec else {}
         self.noises = {}
-        for category in NOISE_SNR:
-            self.noises[category] = NoiseFiles(os.path.join(musan_path, category))
         self.rir_path = rir_path
-        self.rirs = Strings(find_audio(rir_path, '--rir_path'))
+        self.rirs = Strings([])
+        if augment:
+            for category in NOISE_SNR:
+                self.noises[category] = NoiseFiles(os.path.join(musan_path, category))
+            self.rirs = Strings(find_audio(rir_path, '--rir_path'))
         self.bad_audio = None
 
     def __len__(self):
@@ -379,9 +381,12 @@ def through_codec(audio, codec, compression=None, telephone_band=False):
 
     file = io.BytesIO()
     options = {} if compression is None else {'compression_level': compression}
-    soundfile.write(
-        file, audio, codec.rate, format=codec.container, subtype=codec.coding, **options
-    )
+    with soundfile.SoundFile(
+        file, 'w', codec.rate, 1, codec.coding, format=codec.container, **options
+    ) as encoder:
+        # A minute at a time: libsndfile crashes if it gets more than two minutes of Vorbis at once.
+        for start in range(0, len(audio), 2**20):
+            encoder.write(audio[start : start + 2**20])
     file.seek(0)
     audio, _ = soundfile.read(file, dtype='float32')
     if codec.rate != RATE:

@@ -319,6 +319,21 @@ def check_writable(folder, option):
         raise BadInput(f'{option} {folder}: {why}; choose another place') from error
 
 
+def prepare_new_file(path, option):
+    """Checks that a script can write a new file, and makes its folder.
+
+    Raises BadInput if the file exists, if the path is that of a folder, or if the folder cannot be
+    written.
+    """
+    if os.path.exists(path):
+        raise BadInput(f'{option} {path} already exists; remove it or choose another name')
+    folder, name = os.path.split(path)
+    if not name:
+        raise BadInput(f'{option} {path}: is a folder; add the name of a file')
+    check_writable(folder or '.', option)
+    os.makedirs(folder or '.', exist_ok=True)
+
+
 def write_text(path, text):
     """Writes a text file whole, as write_whole does."""
     write_whole(path, lambda file: file.write(text.encode('utf-8', 'surrogateescape')))

@@ -62,7 +62,8 @@ def make_parser():
     add('--max_epoch', type=in_range(int, 1), default=80, help='number of epochs')
     add('--batch_size', type=in_range(int, 2), default=400, help='utterances in a step')
     add('--test_step', type=in_range(int, 1), default=1,
-        help='save and test every N epochs; --schedule step also reduces the learning rate then')
+        help='save and test every N epochs, and after the last one; --schedule step also reduces '
+        'the learning rate every N epochs')
     add('--optimizer', choices=('adam', 'sgd'), default='adam', help='sgd: Nesterov momentum 0.9')
     add('--weight_decay', type=in_range(float, 0), default=2e-5, help='L2 penalty on all weights')
     add('--clip', type=in_range(float, 0), default=0.0,
@@ -91,7 +92,8 @@ def make_parser():
     add('--musan_path', default='data/musan_split', help='MUSAN: noise/, speech/ and music/')
     add('--rir_path', default='data/RIRS_NOISES/simulated_rirs', help='room impulse responses')
     add('--augment', type=in_range(float, 0, 1), default=5 / 6,
-        help='share of the crops that are augmented (default: %(default).3g)')
+        help='share of the crops that are augmented (default: %(default).3g); 0 needs neither '
+        'MUSAN nor RIRs')
     add('--codec', type=in_range(float, 0, 1), default=0.0,
         help='share of the crops that go through a telephone or internet codec')
     add('--speed_perturb', action='store_true',
@@ -165,7 +167,10 @@ class Run(NamedTuple):
 
 
 def train(args):
-    """Trains to --max_epoch from the last epoch in --save_path; tests every test_step epochs."""
+    """Trains to --max_epoch from the last epoch in --save_path.
+
+    Saves and tests every test_step epochs, and after the last one.
+    """
     # Read, check and build everything. --check does only this.
     run = prepare(args)
     print_plan(run, args)
@@ -190,7 +195,7 @@ def train(args):
             done = train_epoch(run, epoch, args)
             replaced = sort_bad_audio(run.dataset)
             say(epoch_line(done, starts, args.max_epoch, run.system.share_idle, replaced))
-            if epoch % args.test_step == 0:
+            if epoch % args.test_step == 0 or epoch == args.max_epoch:
                 if process_rank() == 0:
                     save_training(run.system, args.model_save_path, done, run.identity, args.keep)
                 score_epoch(run, done, scores, args)
@@ -406,6 +411,7 @@ def print_plan(run, args):
     encoder = sum(parameter.numel() for parameter in system.speaker_encoder.parameters())
     classifier = sum(parameter.numel() for parameter in system.speaker_loss.parameters())
     clips = ', '.join(f'{len(files.paths)} {kind}' for kind, files in dataset.noises.items())
+    added = f'{clips} files, {len(dataset.rirs):,} RIRs' if dataset.noises else 'none'
     codecs = f'; codecs {", ".join(dataset.codecs)}' if dataset.codecs else ''
     processes = f'{process_count()} processes on ' if process_count() > 1 else ''
     paths, trial_lists = run.trials
@@ -417,17 +423,12 @@ def print_plan(run, args):
         'processes\n'
         f'training      {len(dataset.speakers):,} speakers, {len(dataset):,} utterances '
         f'({args.train_list})\n'
-        f'augmentation  {clips} files, {len(dataset.rirs):,} RIRs{codecs}\n'
+        f'augmentation  {added}{codecs}\n'
         f'evaluation    {count:,} trials over {len(paths):,} files ({", ".join(args.eval_list)})\n'
         f'an epoch      {len(run.loader):,} steps of {args.batch_size} utterances\n'
         f'parameters    {encoder:,} in the encoder, {classifier:,} in the classifier of '
         f'{system.n_class:,} classes'
     )
-    if args.max_epoch % args.test_step:
-        say(
-            'note          the last epochs are neither tested nor saved: --max_epoch is not '
-            'a multiple of --test_step'
-        )
     with first_process_first():
         check_disk_space(args, 4 * (encoder + classifier))
 
@@ -441,7 +442,7 @@ def check_disk_space(args, size):
     models = args.keep
     if not models:
         saved = saved_models(f'{args.save_path}/model')
-        models = max(0, args.max_epoch // args.test_step - len(saved))
+        models = max(0, math.ceil(args.max_epoch / args.test_step) - len(saved))
     # A .state is at most twice as large as a model. Two states stay while a third one is written.
     least = size * (2 + 6)
     wanted = size * (models + 6)

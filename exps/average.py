@@ -17,7 +17,7 @@ import torch
 
 from dataLoader import require_file
 from ECAPAModel import model_of, read_checkpoint, saved_models
-from tools import BadInput, exit_on_bad_input, write_whole
+from tools import BadInput, exit_on_bad_input, prepare_new_file, write_whole
 
 
 def main(argv=None):
@@ -26,7 +26,7 @@ def main(argv=None):
         prog='python -m exps.average', description='Average checkpoints of one run.'
     )
     add = parser.add_argument
-    add('models', nargs='+', help='checkpoints, or the folder model/ of a run')
+    add('models', nargs='+', help='checkpoints, or the folder of a run')
     add('--last', type=int, default=10, help='how many of the newest (default: 10)')
     add('--out', required=True, help='checkpoint to write')
     add('--half', action='store_true', help='write 16-bit weights, for a file of half the size')
@@ -41,9 +41,11 @@ def average(models, last, out, half=False):
     half: write the weights of layers in float16; see half_precision. Raises BadInput if their
     tensors differ in shape, or if `out` exists.
     """
-    if os.path.exists(out):
-        raise BadInput(f'--out {out} already exists; remove it or choose another name')
-    paths = newest(models[0], last) if os.path.isdir(models[0]) else models
+    prepare_new_file(out, '--out')
+    paths = models
+    if os.path.isdir(models[0]):
+        below = os.path.join(models[0], 'model')
+        paths = newest(below if os.path.isdir(below) else models[0], last)
     if len(models) > 1 and paths is not models:
         raise BadInput(f'{models[0]}: is a folder; give one folder, or checkpoints')
     for path in paths:

@@ -13,17 +13,17 @@ import os
 
 import numpy as np
 
-from dataLoader import find_audio, read_list
+from dataLoader import AUDIO, ending_of, find_audio, read_list
 from ECAPAModel import load_model_of, raise_if_any
 from exps.calibrate import read_calibration
 from exps.scoring import add_scoring_options
 from tools import (
     BadInput,
     HelpFormatter,
-    check_writable,
     exit_on_bad_input,
     in_range,
     note,
+    prepare_new_file,
     read_bytes,
     sha256,
     write_whole,
@@ -41,7 +41,9 @@ def main(argv=None):
         description='Write embeddings of recordings.',
         formatter_class=HelpFormatter,
     )
-    parser.add_argument('files', help='folder of recordings, or a list with one path per line')
+    parser.add_argument(
+        'files', help='folder of recordings, a recording, or a list with one path per line'
+    )
     parser.add_argument('--out', required=True, help='file to write, .npz')
     add_model_options(parser)
     args = parser.parse_args(argv)
@@ -54,10 +56,7 @@ def embed(args):
 
     Raises BadInput if it exists, and afterwards if files cannot be used.
     """
-    if os.path.exists(args.out):
-        raise BadInput(f'--out {args.out} already exists; remove it or choose another name')
-    folder = os.path.dirname(args.out) or '.'
-    check_writable(folder, '--out')
+    prepare_new_file(args.out, '--out')
     paths = list_files(args.files)
     system, _ = load_chosen_model(args)
     faults = {}
@@ -68,7 +67,6 @@ def embed(args):
 
     names = np.array([paths[row] for row in usable])
     vectors = embeddings[usable, 0]
-    os.makedirs(folder, exist_ok=True)
     write_whole(args.out, lambda file: np.savez(file, names=names, embeddings=vectors))
     print(f'{args.out}: {len(names):,} embeddings of {vectors.shape[1]} numbers')
     # The embeddings of usable files are written; the exit status shows that some are missing.
@@ -113,11 +111,16 @@ def introduce_open_model():
 
 
 def list_files(files):
-    """Returns the paths of the recordings below a folder, or in the lines of a text file."""
+    """Returns the paths of the recordings below a folder, or in the lines of a text file.
+
+    `files` may also be a single recording.
+    """
     if os.path.isdir(files):
         return find_audio(files, 'FILES', any_format=True)
     if not os.path.exists(files):
         raise BadInput(f'FILES: {files}: no such file or folder')
+    if ending_of(files) in AUDIO:
+        return [files]
     lines = read_list(files, 'FILES').splitlines()
     paths = [os.fsdecode(line.strip()) for line in lines if line.strip()]
     if not paths:

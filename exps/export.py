@@ -17,7 +17,6 @@ lengths from 0.3 to 30 s, and an error for input with fewer than 257 samples.
 
 import argparse
 import io
-import os
 import warnings
 
 import numpy as np
@@ -29,7 +28,7 @@ from dataLoader import RATE, SHORTEST, require_file
 from ECAPAModel import model_of, read_checkpoint
 from exps.embed import OPEN_MODEL, introduce_open_model
 from model import HOP
-from tools import BadInput, command_of, exit_on_bad_input, provenance, write_whole
+from tools import BadInput, command_of, exit_on_bad_input, prepare_new_file, provenance, write_whole
 
 OPSET = 17
 SECONDS = (0.3, 1, 3, 10, 30)
@@ -60,8 +59,7 @@ def export(args):
     import onnxruntime
 
     # Make the ONNX file in memory.
-    if os.path.exists(args.out):
-        raise BadInput(f'--out {args.out} already exists; remove it or choose another name')
+    prepare_new_file(args.out, '--out')
     if args.model == OPEN_MODEL:
         introduce_open_model()
     require_file(args.model, 'MODEL')

@@ -27,9 +27,9 @@ from exps.verify import find_calibration
 from tools import (
     BadInput,
     HelpFormatter,
-    check_writable,
     exit_on_bad_input,
     in_range,
+    prepare_new_file,
     read_bytes,
     sha256,
     write_text,
@@ -68,7 +68,8 @@ def identify(args):
 
     Raises BadInput afterwards if recordings cannot be used.
     """
-    check_out(args.out)
+    if args.out:
+        prepare_new_file(args.out, '--out')
     people = read_people(args.people)
     files = list_files(args.files)
     system, checkpoint = load_chosen_model(args)
@@ -84,18 +85,6 @@ def identify(args):
     write_csv(args, usable, list(people), scores[kind], calibration)
     # The results of usable recordings are written; the exit status shows that some are missing.
     raise_if_any(faults, len(files) + sum(map(len, people.values())))
-
-
-def check_out(out):
-    """Raises BadInput if --out exists or cannot be written."""
-    if not out:
-        return
-    folder = os.path.dirname(out) or '.'
-    if os.path.exists(out):
-        raise BadInput(f'--out {out} already exists; remove it or choose another name')
-    if not os.path.isdir(folder):
-        raise BadInput(f'--out {out}: there is no such folder')
-    check_writable(folder, '--out')
 
 
 def write_csv(args, files, names, scores, calibration):

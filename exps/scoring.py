@@ -167,6 +167,11 @@ def choose_normalisation(args):
     files = None
     if top_n or args.subtract_mean:
         files = choose_cohort(args.train_list, args.train_path, args.cohort_utterances, args.seed)
+        if top_n and len(files) < top_n:
+            note(
+                f'--train_list {args.train_list} has {len(files):,} speakers, fewer than --top_n '
+                f'{top_n}; all of them are used'
+            )
     return files, top_n, args.subtract_mean
 
 

@@ -83,7 +83,7 @@ def test_the_plan_comes_first_and_a_log_has_no_progress_bar(voices, tmp_path):
     system = make_system(16, 6)
     encoder = number_of_parameters(system.speaker_encoder)
     classifier = number_of_parameters(system.speaker_loss)
-    sizes = f'{encoder:,} in the encoder, {classifier:,} in the classifier of 6 speakers'
+    sizes = f'{encoder:,} in the encoder, {classifier:,} in the classifier of 6 classes'
     assert sizes in plan
 
     rirs = len(list(Path(voices['rir_path']).rglob('*.wav')))
@@ -111,6 +111,19 @@ def test_a_continued_run_equals_an_uninterrupted_one(voices, trained, tmp_path, 
     run(voices, max_epoch=4, test_step=2, save_path=tmp_path / 'exp')
     assert 'after epoch 2' in capsys.readouterr().out
     assert_same_run(trained, tmp_path / 'exp')
+
+
+def test_the_last_epoch_is_saved_and_tested_too(voices, trained, tmp_path):
+    """Also if --max_epoch is not a multiple of --test_step; the run then continues as any other."""
+    folder = tmp_path / 'exp'
+    for max_epoch, epochs in ((3, [2, 3]), (4, [2, 3, 4])):
+        run(voices, max_epoch=max_epoch, test_step=2, save_path=folder)
+        assert [score[0] for score in read_scores(folder / 'score.txt')] == epochs
+        models = sorted(path.name for path in (folder / 'model').glob('*.model'))
+        assert models == [f'model_{epoch:04d}.model' for epoch in epochs]
+    straight = torch.load(trained / 'model/model_0004.model')
+    for name, tensor in torch.load(folder / 'model/model_0004.model').items():
+        assert torch.equal(tensor, straight[name]), name
 
 
 def test_a_run_that_ended_before_its_test_is_tested_first(voices, trained, tmp_path):

@@ -15,6 +15,7 @@ from conftest import wave, write_wav
 
 from dataLoader import find_audio, train_loader
 from exps import identify, lists
+from exps.embed import list_files
 from exps.lists import make_trials
 from tools import BadInput
 
@@ -174,6 +175,11 @@ def test_scripts_that_use_a_model_get_all_audio_and_judge_it_themselves(recordin
     found = find_audio(str(recordings / 'sp1'), 'FILES', any_format=True)
     names = [os.path.basename(path) for path in found]
     assert names == ['0.wav', '1.wav', '2.wav', 'a.m4a', 'b.MP3', 'c.webm', 'gone.wav', 'pipe.wav']
+
+
+def test_scripts_that_use_a_model_take_a_single_recording_too(recordings):
+    path = str(recordings / 'sp1/0.wav')
+    assert list_files(path) == [path]
 
 
 def test_a_folder_of_another_format_only_is_refused_with_the_way_out(recordings, capsys):

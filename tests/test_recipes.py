@@ -295,7 +295,7 @@ def test_a_large_margin_goes_on_with_the_classifier(tree, tmp_path, capsys):
     two = [line for line in lines if line[:3] in ('id0', 'id1')]
     Path(tmp_path / 'two.txt').write_text(''.join(two))
     for change, words in (
-        ({'train_list': str(tmp_path / 'two.txt')}, '12 speakers'),
+        ({'train_list': str(tmp_path / 'two.txt')}, '12 classes'),
         ({'initial_model': ''}, '--initial_model'),
     ):
         options = {**second, 'save_path': str(tmp_path / 'none'), 'batch_size': 4, **change}

@@ -30,6 +30,17 @@ def make_dataset(tree, bad_audio=None, **options):
     return dataset
 
 
+def test_without_augmentation_neither_noises_nor_rooms_are_needed(tree, capsys):
+    train(tree, augment=0)
+    plain = torch.load(f'{tree["save_path"]}/model/model_0001.model')
+    assert re.search(r'augmentation +none', capsys.readouterr().out)
+    nowhere = {'musan_path': 'nowhere', 'rir_path': 'nowhere'}
+    train(tree, augment=0, save_path=f'{tree["save_path"]}2', **nowhere)
+    for name, tensor in torch.load(f'{tree["save_path"]}2/model/model_0001.model').items():
+        assert torch.equal(tensor, plain[name]), name
+    assert '--musan_path' in refusal(capsys, train, tree, augment=0.1, **nowhere)
+
+
 def write_cut(path):
     """Writes a wav that ends before the samples that its header announces."""
     content = Path(write_wav(path, SOUND)).read_bytes()

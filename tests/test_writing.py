@@ -17,7 +17,7 @@ from cli import command_line, evaluate, refusal, train
 
 from ECAPAModel import ECAPAModel
 from exps import embed, scoring
-from tools import BadInput, read_scores, write_text, write_whole
+from tools import BadInput, prepare_new_file, read_scores, write_text, write_whole
 
 pytestmark = pytest.mark.usefixtures('quick')
 
@@ -167,3 +167,13 @@ def test_figures_are_printed_before_they_are_written(tree, model, capsys, monkey
 
 def no_space(path, text):
     raise BadInput(f'{path}: cannot be written (No space left on device)')
+
+
+@pytest.mark.parametrize('path', ['there.npz', 'folder/', 'there.npz/below.npz'])
+def test_a_script_refuses_a_file_that_it_could_not_write_before_it_works(tmp_path, path):
+    (tmp_path / 'there.npz').touch()
+    with pytest.raises(BadInput, match='--out'):
+        prepare_new_file(f'{tmp_path}/{path}', '--out')
+    assert [path.name for path in tmp_path.iterdir()] == ['there.npz']
+    prepare_new_file(f'{tmp_path}/new/new.npz', '--out')
+    assert list(tmp_path.glob('new/*')) == []
