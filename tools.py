@@ -513,9 +513,13 @@ def say(text):
 
 
 def note(text):
-    """Prints a note on standard error, only in the first process; results go to standard output."""
+    """Prints a note on standard error, only in the first process; results go to standard output.
+
+    A note that cannot be printed, for example because the terminal is gone, does not end the work.
+    """
     if process_rank() == 0:
-        print(f'note: {text}', file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(f'note: {text}', file=sys.stderr, flush=True)
 
 
 class BadInput(Exception):
@@ -721,7 +725,7 @@ REMEDIES = {
     'SIGKILL': 'memory is probably short; use a smaller --n_cpu',
     'SIGBUS': f'shared memory is probably full; {MORE_SHARED_MEMORY}',
 }
-OTHER_REMEDY = 'a library failed; --n_cpu 0 reads in the main process, whose error shows where'
+OTHER_REMEDY = 'a library failed; python -X faulthandler and --n_cpu 0 show where'
 
 
 def why_not_together(error):

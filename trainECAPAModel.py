@@ -485,6 +485,8 @@ def run_identity(system, dataset, trials, args):
     counts = [f'{len(files.paths)}/{files.pieces[-1]}' for files in dataset.noises.values()]
     identity['musan_path'] = f'files/pieces {" ".join(counts)}'
     identity['rir_path'] = f'{len(dataset.rirs)} files'
+    if not args.augment:
+        del identity['musan_path'], identity['rir_path']
     return identity
 
 

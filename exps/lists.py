@@ -172,7 +172,7 @@ def rate_of(path):
 def fault_of_name(name, speaker):
     """Returns why a list cannot have this name of a file, relative to the folder; or ''."""
     if len(name.split()) > 1:
-        return 'white space in its name, which lists cannot hold'
+        return 'white space in its name, which lists cannot hold; rename it'
     if not speaker:
         return '' if os.sep in name else 'not in the folder of a speaker'
     match = re.search(speaker, name)

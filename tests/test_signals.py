@@ -53,9 +53,8 @@ def test_a_signal_at_any_moment_of_a_training_says_where_it_continues(
         name = 'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'
         saved = saved_models(tree['save_path'] + '/model').values()
         where = f'after epoch {max(saved)}, the last saved' if saved else 'no epoch was saved'
-        # On a busy machine, a line about slow loading may come before.
+        # Before it, PyTorch may report that it noticed the death of a worker.
         assert re.search(f'\nstopped by {name}: .*{where}.*\n$', message), message
-        assert 'Traceback' not in message
         for stream in ('stdout', 'stderr'):
             (tmp_path / stream).unlink()
 

@@ -38,6 +38,7 @@ def test_without_augmentation_neither_noises_nor_rooms_are_needed(tree, capsys):
     train(tree, augment=0, save_path=f'{tree["save_path"]}2', **nowhere)
     for name, tensor in torch.load(f'{tree["save_path"]}2/model/model_0001.model').items():
         assert torch.equal(tensor, plain[name]), name
+    train(tree, augment=0, max_epoch=2, **nowhere)
     assert '--musan_path' in refusal(capsys, train, tree, augment=0.1, **nowhere)
 
 
