@@ -32,6 +32,13 @@ def test_check_goes_through_every_file_and_stops(tree, capsys):
         path.write_bytes(content)
 
 
+def test_training_does_not_begin_with_a_bad_trial_file(tree, capsys):
+    """Its header is good; the first test would stop at it, perhaps after hours."""
+    write_wav(Path(tree['eval_path'], UTTERANCE), 0 * SOUND)
+    assert UTTERANCE in refusal(capsys, train, tree)
+    assert not os.path.exists(tree['save_path'])
+
+
 @pytest.mark.parametrize('fault', ['other options', 'score.txt', 'an encoder that lacks a tensor'])
 def test_check_finds_what_would_stop_the_run(tree, model, capsys, fault):
     options = {'max_epoch': 2, 'save_path': f'{tree["save_path"]}2'}
