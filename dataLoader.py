@@ -268,7 +268,9 @@ class train_loader(Dataset):
     def count_folders(self):
         """Returns {folder of noises or rooms: its number of files}."""
         folders = {noises.folder: len(noises.paths) for noises in self.noises.values()}
-        return {**folders, self.rir_path: len(self.rirs)}
+        if self.rirs:
+            folders[self.rir_path] = len(self.rirs)
+        return folders
 
     def list_fault(self, error):
         """Adds the error of an unusable file to bad_audio; raises it if bad_audio is None."""

@@ -149,7 +149,10 @@ def main(argv=None):
         metavar='NAME=FOLDER,FOLDER...',
         help='folders of one experiment that was run with several seeds; can be repeated',
     )
-    add('--baseline', help='experiment to compare the others with (default: the first)')
+    add(
+        '--baseline',
+        help='experiment to compare the others with (default: the first that has scores)',
+    )
     add('--out', default='exps', help='folder for the pictures')
     add('--markdown', action='store_true', help='print the tables as Markdown')
     add_speaker_option(add)
@@ -168,9 +171,9 @@ def compare(args):
     experiments = read_experiments([*args.scores, *folders])
     groups = group_seeds(experiments, seeds)
     note_other_options(seeds)
-    baseline = find_baseline(args.baseline, experiments, groups)
     lists = sort_by_list({name: read_runs(each) for name, each in experiments.items()})
     names = name_lists(lists.values())
+    baseline = find_baseline(args.baseline, experiments, groups, lists)
     samples = make_samples(lists, names, groups, args.speaker)
 
     # Print the tables; the last two only if they have rows.
@@ -292,13 +295,14 @@ def read_options(folder):
     return options
 
 
-def find_baseline(wanted, experiments, groups):
+def find_baseline(wanted, experiments, groups, lists):
     """Finds the group that --baseline means, by a name or a folder; returns its name.
 
-    Without --baseline it is the first. Raises BadInput if there is no such group.
+    Without --baseline it is the first that has scores. Raises BadInput if there is no such group.
     """
     if wanted is None:
-        return next(iter(groups))
+        scored = [name for name, members in groups.items() if lists[members[0]]]
+        return [*scored, *groups][0]
     for name, members in groups.items():
         folders = [experiments[member].folder for member in members]
         if wanted in (name, *members) or place_of(wanted) in folders:

@@ -81,6 +81,14 @@ def test_comparing_other_files_is_refused(experiment, tmp_path, capsys):
         assert file in refusal(capsys, compare.main, arguments)
 
 
+def test_the_first_experiment_with_scores_is_the_baseline():
+    """As exps/open has none, exps/*/score.txt still compares the others."""
+    groups = {'open': ['open'], 'own': ['own-1', 'own-2'], 'small': ['small']}
+    lists = {'open': {}, 'own-1': {'a': 1}, 'own-2': {'a': 1}, 'small': {'a': 1}}
+    assert compare.find_baseline(None, {}, groups, lists) == 'own'
+    assert compare.find_baseline(None, {}, groups, dict.fromkeys(lists, {})) == 'open'
+
+
 def test_lists_without_scores_are_shown_but_not_compared(experiment, tmp_path, capsys):
     """As in exps/open, where the scores are left out because of their size."""
     (experiment / 'scores/hard.txt').unlink()
