@@ -429,6 +429,12 @@ def print_plan(run, args):
         f'parameters    {encoder:,} in the encoder, {classifier:,} in the classifier of '
         f'{system.n_class:,} classes'
     )
+    unused = len(dataset) - len(run.loader) * args.batch_size
+    if unused > len(dataset) / 10:
+        say(
+            f'note          an epoch leaves out {unused} of {len(dataset)} utterances, because all '
+            'batches are whole; a smaller --batch_size leaves out fewer'
+        )
     with first_process_first():
         check_disk_space(args, 4 * (encoder + classifier))
 
@@ -524,7 +530,8 @@ def resume_or_begin(run, args):
                 f'--keep_classifier: {left_out[0]} of {args.initial_model} does not fit --loss '
                 f'{args.loss}'
             )
-        notes = [f'from {args.initial_model}', *(f'left out: {name}' for name in left_out)]
+        notes = [f'from {args.initial_model}']
+        notes += [f'left out: {name}, which starts from random weights' for name in left_out]
     else:
         notes = ['from random weights']
     say('start         ' + '\n  '.join(notes))

@@ -81,6 +81,11 @@ def calibrate(args):
         f'{path}: fitted on {len(labels):,} {kind} scores of {fit_list}, '
         f'{int(labels.sum()):,} of targets'
     )
+    if scores[labels == 1].min() > scores[labels == 0].max():
+        print(
+            'note: a threshold separates these scores without an error, so the likelihood ratios '
+            'will be too sure; fit on more, or harder, trials'
+        )
     if allowed < FEWEST:
         print(
             f'note: at {args.false_acceptances:g}% the threshold depends on only {allowed} false '

@@ -77,7 +77,8 @@ def main(argv=None):
         '--conditions',
         nargs='+',
         action='extend',
-        help='names of conditions; without it all that the other options make possible',
+        help=f'names, of clean, {", ".join(CODECS)}, short, noise, music, babble and room; without '
+        'it all that the other options make possible',
     )
     add('--musan_path', help='MUSAN, for noise, music and babble')
     add('--rir_path', help='room impulse responses, for room')

@@ -46,7 +46,7 @@ def main(argv=None):
     add(
         '--test_speakers',
         type=in_range(int, 0),
-        help='speakers held out for the trials (default: a tenth)',
+        help='speakers held out for the trials: 0, all of them, or a part (default: a tenth)',
     )
     add(
         '--exhaustive',
@@ -101,10 +101,14 @@ def make_lists(folder, out, test_speakers=None, exhaustive=False, seed=10, speak
     # Make the lists.
     rng = np.random.default_rng(seed)
     held_out = choose_speakers(files, test_speakers, rng)
-    texts = {'train_list.txt': []}
-    for name_of_speaker, own in files.items():
-        if name_of_speaker not in held_out:
-            texts['train_list.txt'] += [f'{name_of_speaker} {name}\n' for name in own]
+    texts = {}
+    if len(held_out) < len(files):
+        texts['train_list.txt'] = [
+            f'{name_of_speaker} {name}\n'
+            for name_of_speaker, own in files.items()
+            if name_of_speaker not in held_out
+            for name in own
+        ]
     if held_out:
         test_files = {name: files[name] for name in held_out}
         texts['trials.txt'] = make_trials(test_files, rng, exhaustive)
@@ -220,10 +224,10 @@ def choose_speakers(files, count, rng):
     if count == 0:
         return []
 
-    if not 2 <= count <= min(len(several), len(files) - 2):
+    if not 2 <= count <= len(several) or count == len(files) - 1:
         raise BadInput(
-            f'--test_speakers {count}: it must be at least 2, and leave at least 2 to train on; '
-            f'{len(files)} speakers have usable files, {len(several)} of them more than one '
+            f'--test_speakers {count}: it must be at least 2, and leave at least 2 to train on, or '
+            f'none; {len(files)} speakers have usable files, {len(several)} of them more than one '
             f'(--test_speakers 0 makes only train_list.txt)'
         )
     return sorted(rng.choice(several, count, replace=False).tolist())
@@ -298,6 +302,8 @@ def report_files(left_out, texts, out):
         print(f'written      {os.path.join(out, name)}, {len(lines):,} lines')
     if 'trials.txt' not in texts:
         print('not written  trials.txt: no speaker was held out')
+    if 'train_list.txt' not in texts:
+        print('not written  train_list.txt: all speakers were held out')
 
 
 if __name__ == '__main__':

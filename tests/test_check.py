@@ -90,3 +90,10 @@ def test_check_refuses_what_is_bad_as_a_whole(tree, capsys):
     for path in Path(tree['rir_path']).rglob('*.wav'):
         write_wav(path, 0 * SOUND)
     assert '--rir_path' in refusal(capsys, train, tree, '--check', max_bad=100)
+
+
+def test_an_epoch_that_leaves_out_many_utterances_says_so(tree, capsys):
+    train(tree, '--check', batch_size=7)
+    assert re.search(r'5 of 12 utterances.*--batch_size', capsys.readouterr().out)
+    train(tree, '--check', batch_size=4)
+    assert 'leaves out' not in capsys.readouterr().out

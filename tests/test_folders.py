@@ -395,6 +395,17 @@ def test_lists_of_own_speakers(faulty, tmp_path, capsys):
     assert (again / 'trials.txt').read_bytes() == (out / 'trials.txt').read_bytes()
 
 
+def test_all_speakers_for_trials(recordings, tmp_path, capsys):
+    """A list to calibrate or to test on needs no training list."""
+    out = tmp_path / 'lists'
+    lists.main([str(recordings), '--out', str(out), '--test_speakers', '5'])
+    assert [path.name for path in out.iterdir()] == ['trials.txt']
+    names = {name for line in (out / 'trials.txt').open() for name in line.split()[1:]}
+    assert {name.split('/')[0] for name in names} == {f'sp{number}' for number in range(5)}
+    assert 'train_list.txt' in capsys.readouterr().out
+    assert '--test_speakers' in refused(capsys, recordings, '--test_speakers', '4')
+
+
 def test_exhaustive_trials_and_no_trials(faulty, tmp_path, capsys):
     arguments = [str(faulty), '--test_speakers', '3', '--exhaustive']
     lists.main([*arguments, '--out', str(tmp_path / 'a')])
