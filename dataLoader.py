@@ -1476,8 +1476,9 @@ def raise_missing(path, role, wanted):
     if str(path).startswith('data/') and not os.path.exists('data'):
         message += (
             "\nThere is no folder data/ here. README.md, 'Data', says where VoxCeleb, MUSAN and "
-            'the RIRs come from and how to lay them out. `bash exps/demo/run.sh` needs none of '
-            'them: it trains on synthetic voices.'
+            'the RIRs come from and how to lay them out. With --augment 0, training needs neither '
+            'MUSAN nor the RIRs. `bash exps/demo/run.sh` needs none of them: it trains on synthetic '
+            'voices.'
         )
     raise BadInput(message)
 

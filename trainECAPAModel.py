@@ -532,6 +532,8 @@ def resume_or_begin(run, args):
             )
         notes = [f'from {args.initial_model}']
         notes += [f'left out: {name}, which starts from random weights' for name in left_out]
+        if args.freeze_epochs:
+            notes.append(f'only the classifier trains in the first {args.freeze_epochs} epochs')
     else:
         notes = ['from random weights']
     say('start         ' + '\n  '.join(notes))

@@ -100,8 +100,12 @@ def calibrate(args):
 def check_fit(path, kind, labels, scores):
     """Raises BadInput if nothing can be fitted to the scores (N,) of a list."""
     targets = int(labels.sum())
-    if min(targets, len(labels) - targets) < FEWEST:
-        raise BadInput(f'--fit: {path}: a fit needs {FEWEST} target and {FEWEST} non-target trials')
+    others = len(labels) - targets
+    if min(targets, others) < FEWEST:
+        raise BadInput(
+            f'--fit: {path}: has {targets} target and {others} non-target trials; a fit needs '
+            f'{FEWEST} of each'
+        )
     if scores.min() == scores.max():
         raise BadInput(f'--fit: {path}: all {kind} scores are equal and mean nothing')
 
