@@ -1477,8 +1477,8 @@ def raise_missing(path, role, wanted):
         message += (
             "\nThere is no folder data/ here. README.md, 'Data', says where VoxCeleb, MUSAN and "
             'the RIRs come from and how to lay them out. With --augment 0, training needs neither '
-            'MUSAN nor the RIRs. `bash exps/demo/run.sh` needs none of them: it trains on synthetic '
-            'voices.'
+            'MUSAN nor the RIRs. `bash exps/demo/run.sh` trains on synthetic voices, and needs '
+            'none of them.'
         )
     raise BadInput(message)
 
