@@ -4,6 +4,7 @@ import io
 import os
 import random
 import resource
+import shutil
 import socket
 import struct
 from fractions import Fraction
@@ -472,7 +473,9 @@ def test_embed_writes_what_works_and_names_the_rest(recordings, model, tmp_path,
 
 
 def test_a_recording_in_place_of_a_list_is_refused(recordings, model, tmp_path, capsys):
-    recording = str(recordings / '0.wav')
+    """If its name says so, it is a recording (test_folders.py)."""
+    recording = str(tmp_path / 'recordings.txt')
+    shutil.copy(recordings / '0.wav', recording)
     options = command_line(out=tmp_path / 'out.npz', initial_model=model, device='cpu', n_cpu=0)
     _, message = ended(capsys, embed.main, [recording, *options])
     assert f'FILES: {recording}: ' in message

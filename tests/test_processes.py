@@ -182,6 +182,7 @@ def check_and_note(arguments):
 
     dataLoader.read_audio = watched
     dataLoader.read_noise = lambda path: watched(path, silent_ok=True)
+    dataLoader.read_for_trial = lambda path: watched(path, shortest=257)
     trainECAPAModel.main(arguments)
 
 
