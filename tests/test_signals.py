@@ -18,6 +18,10 @@ from dataLoader import make_batches, parallel_map, train_loader
 from ECAPAModel import saved_models
 
 pytestmark = pytest.mark.usefixtures('quick')
+NOTICED = (
+    r'Exception ignored in: .*\n(?:.*\n)*?'
+    r'RuntimeError: DataLoader worker \(pid \d+\) is killed by signal: .*\n'
+)
 
 
 @pytest.mark.slow
@@ -53,8 +57,9 @@ def test_a_signal_at_any_moment_of_a_training_says_where_it_continues(
         name = 'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'
         saved = saved_models(tree['save_path'] + '/model').values()
         where = f'after epoch {max(saved)}, the last saved' if saved else 'no epoch was saved'
-        # Before it, PyTorch may report that it noticed the death of a worker.
-        assert re.search(f'\nstopped by {name}: .*{where}.*\n$', message), message
+        # PyTorch notices the death of a worker, and rarely reports it where errors are ignored.
+        rest = re.sub(NOTICED, '', message)
+        assert re.fullmatch(f'\nstopped by {name}: .*{where}.*\n', rest), message
         for stream in ('stdout', 'stderr'):
             (tmp_path / stream).unlink()
 
